@@ -1,0 +1,1 @@
+//! The file system: inode table, passthrough, vector formats, ingest, virtual views and permission checks.

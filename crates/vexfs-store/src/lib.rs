@@ -1,0 +1,1 @@
+//! Collections on disk: catalog, head, sealed segments, manifest, sync modes and recovery.
