@@ -1,3 +1,110 @@
-//! Vectors in memory: distance kernels, quantisation, HNSW graphs, filters.
+//! Vectors in memory: distance kernels, quantisation, HNSW graphs (Malkov & Yashunin, arXiv 1603.09320), filters.
 //!
-//! A pure library: it opens no file, knows no FUSE and starts no thread but those of a sealed build.
+//! A pure library: it opens no file, knows no FUSE and starts no thread but those of [`build`]. Rows are byte
+//! slices, little-endian, [`Space::row_bytes`] long; queries are `f32`. Inside the index smaller distances are
+//! nearer: L2 is the squared Euclidean distance, inner product is negated, cosine is 1 − similarity.
+
+mod build;
+mod codes;
+mod flat;
+mod hnsw;
+mod kernels;
+mod mutable;
+mod request;
+mod sealed;
+mod space;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+pub use build::{Sections, build};
+pub use flat::Flat;
+pub use mutable::Mutable;
+pub use request::{Effort, Filter, Neighbor, Request, Scratch, SearchError, Stats};
+pub use sealed::{FormatError, Sealed};
+pub use space::{Element, Metric, Quantization, Space, SpaceError, VectorError};
+
+/// Most numbers in a vector.
+pub const MAX_DIM: usize = 65_536;
+
+/// A point's dense number inside one index.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Slot(pub u32);
+
+/// How a graph is built.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Params {
+    /// Links of a node in the upper layers; twice as many in layer 0.
+    pub m: usize,
+    /// Candidates kept while a node is linked.
+    pub ef_construction: usize,
+    /// What a sealed graph is walked on.
+    pub quantization: Quantization,
+    /// Of the random levels.
+    pub seed: u64,
+}
+
+impl Default for Params {
+    fn default() -> Params {
+        Params { m: 16, ef_construction: 200, quantization: Quantization::Sq8, seed: 0x5eed }
+    }
+}
+
+/// Bytes that live as long as the index over them: a mapped file, or memory.
+pub trait Bytes: Send + Sync {
+    /// The bytes; always the same ones.
+    fn bytes(&self) -> &[u8];
+}
+
+/// Shared bytes.
+pub type Region = Arc<dyn Bytes>;
+
+impl Bytes for Vec<u8> {
+    fn bytes(&self) -> &[u8] {
+        self
+    }
+}
+
+/// A region of a copy of `bytes`.
+pub fn region(bytes: &[u8]) -> Region {
+    Arc::new(bytes.to_vec())
+}
+
+/// A region of `bytes`.
+pub fn region_from(bytes: Vec<u8>) -> Region {
+    Arc::new(bytes)
+}
+
+/// Bytes that an index keeps, a point's share being the quotient.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// Graph and codes.
+    pub index: u64,
+    /// Full-precision rows.
+    pub vectors: u64,
+}
+
+/// Something that can be searched.
+pub trait Index: Send + Sync {
+    /// What its rows are.
+    fn space(&self) -> &Space;
+    /// Slots given out.
+    fn len(&self) -> usize;
+    /// The row of a slot below [`Index::len`].
+    fn row(&self, slot: Slot) -> &[u8];
+    /// Writes the hits to `out`, nearest first, ties by slot: `k` of them where `k` allowed points exist.
+    fn search(
+        &self,
+        query: &[f32],
+        request: &Request<'_>,
+        scratch: &mut Scratch,
+        out: &mut Vec<Neighbor>,
+    ) -> Result<Stats, SearchError>;
+    /// Bytes kept.
+    fn memory(&self) -> Memory;
+    /// True without slots.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}

@@ -1,1 +1,62 @@
-fn main() {}
+//! The command: arguments, output, nothing else.
+
+mod daemon;
+mod mounts;
+mod search;
+mod status;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+/// A file system whose vectors are indexed.
+#[derive(Parser)]
+#[command(name = "vexfs", version, about, disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Mount a directory; its files stay what they are, its vectors can be searched.
+    Mount(daemon::MountArgs),
+    /// Unmount, and wait until all is on disk.
+    Umount {
+        /// Where it is mounted.
+        mountpoint: PathBuf,
+    },
+    /// Find what is near a vector.
+    Search(search::SearchArgs),
+    /// Tell what is mounted, indexed, pending and refused.
+    Status(status::StatusArgs),
+    /// Measure.
+    Bench(BenchArgs),
+}
+
+#[derive(Args)]
+struct BenchArgs {
+    #[command(subcommand)]
+    what: BenchCommand,
+}
+
+#[derive(Subcommand)]
+enum BenchCommand {}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Mount(args) => daemon::mount(args),
+        Command::Umount { mountpoint } => daemon::umount(&mountpoint),
+        Command::Search(args) => search::run(&args),
+        Command::Status(args) => status::run(&args),
+        Command::Bench(BenchArgs { what }) => match what {},
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("vexfs: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}

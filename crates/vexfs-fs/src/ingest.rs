@@ -1,0 +1,261 @@
+//! From files to the store: what is read when, and what becomes of it.
+//!
+//! A file is read when its last change is closed, when a vector file's name appears, and by the walk. One reading of a
+//! file at a time; whoever finds the fingerprint unchanged does nothing.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::os::fd::BorrowedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use rustix::io::Errno;
+use vexfs_store::{Config, Content, FileId, Fingerprint, Link, Volume};
+
+use crate::errors::Failure;
+use crate::formats::{Format, Refusal, Source as Vectors};
+use crate::source::{Source, fingerprint};
+
+/// The name of a collection's settings.
+pub const CONFIG_NAME: &str = ".vexfs.toml";
+/// Longest `.vexfs.toml`.
+const MAX_CONFIG: u64 = 64 << 10;
+/// A file that changes while it is read is read again this often; then the next close reads it.
+const ATTEMPTS: usize = 3;
+/// Files are read one at a time by the lowest bits of their number.
+const STRIPES: usize = 64;
+
+/// See the module.
+pub struct Ingest {
+    /// The store.
+    pub volume: Arc<Volume>,
+    /// Where the files are.
+    pub source: Arc<Source>,
+    strict: bool,
+    reading: Vec<Mutex<()>>,
+}
+
+/// Does a regular file of this name hold vectors or configure a collection?
+pub fn is_interesting(name: &OsStr) -> bool {
+    name == CONFIG_NAME || Format::of(name).is_some()
+}
+
+fn is_config(link: &Link) -> bool {
+    link.name == CONFIG_NAME.as_bytes()
+}
+
+impl Ingest {
+    /// `strict`: a file that can't be indexed makes close and fsync fail.
+    pub fn new(volume: Arc<Volume>, source: Arc<Source>, strict: bool) -> Ingest {
+        let reading = (0..STRIPES).map(|_| Mutex::new(())).collect();
+        Ingest { volume, source, strict, reading }
+    }
+
+    /// Reads a file if it changed since its last reading. Under `--strict` a file that isn't indexed is an error.
+    pub fn read(&self, file: FileId, fd: BorrowedFd<'_>) -> Result<(), Failure> {
+        let result = self.read_unless_known(file, &File::from(fd.try_clone_to_owned().map_err(from_io)?));
+        match result {
+            Ok(()) => Ok(()),
+            Err(refusal) if self.strict => Err(Failure::new(refusal.errno, refusal.reason)),
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// As [`Ingest::read`], by one of the paths that the volume knows.
+    pub fn read_known(&self, file: FileId) {
+        for path in self.volume.paths(file, FileId::ROOT) {
+            match self.source.open(&path, file) {
+                Ok(opened) => {
+                    if let Err(refusal) = self.read_unless_known(file, &opened) {
+                        log::info!("{}: {}", String::from_utf8_lossy(&path), refusal.reason);
+                    }
+                    return;
+                }
+                Err(Errno::STALE | Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {}
+                Err(errno) => {
+                    let refusal = Refusal::from(std::io::Error::from(errno));
+                    self.volume.refuse(file, Fingerprint::default(), refusal.errno.raw_os_error(), refusal.reason);
+                    return;
+                }
+            }
+        }
+        // No path leads to it any more: the source changed beneath us.
+        for link in self.volume.links(file) {
+            self.volume.unlink(file, &link);
+        }
+    }
+
+    fn read_unless_known(&self, file: FileId, opened: &File) -> Result<(), Refusal> {
+        let _one = self.reading[file.0 as usize % STRIPES].lock();
+        let Some(link) = self.volume.links(file).into_iter().next() else { return Ok(()) };
+        for _ in 0..ATTEMPTS {
+            let before = fingerprint(&rustix::fs::fstat(opened).map_err(std::io::Error::from)?);
+            match self.volume.content(file) {
+                Some((known, Content::Refused { errno, reason })) if known == before => {
+                    return Err(Refusal { errno: Errno::from_raw_os_error(errno), reason });
+                }
+                Some((known, Content::Indexed { .. } | Content::Empty)) if known == before => {
+                    if !self.misplaced(file, &link) {
+                        return Ok(());
+                    }
+                }
+                Some(_) => {}
+                None => return Ok(()),
+            }
+            let result = match is_config(&link) {
+                true => self.read_config(link.parent, opened),
+                false => self.read_vectors(file, &link, opened, before),
+            };
+            let after = fingerprint(&rustix::fs::fstat(opened).map_err(std::io::Error::from)?);
+            let same = (before.size, before.mtime) == (after.size, after.mtime);
+            match &result {
+                // Bytes that changed under the reader say nothing.
+                Err(_) if !same => continue,
+                Err(refusal) => {
+                    self.volume.refuse(file, before, refusal.errno.raw_os_error(), refusal.reason.clone());
+                }
+                Ok(()) if is_config(&link) => self.volume.put_empty(file, before),
+                Ok(()) => {}
+            }
+            if same {
+                return result;
+            }
+        }
+        // Somebody writes on; their close will read it.
+        Ok(())
+    }
+
+    /// Is the file indexed in another collection than its directory's?
+    fn misplaced(&self, file: FileId, link: &Link) -> bool {
+        match self.volume.content(file) {
+            Some((_, Content::Indexed { collection, .. })) => {
+                self.volume.nearest_collection(link.parent) != Some(collection)
+            }
+            _ => false,
+        }
+    }
+
+    fn read_vectors(&self, file: FileId, link: &Link, opened: &File, before: Fingerprint) -> Result<(), Refusal> {
+        let Some(format) = Format::of(OsStr::from_bytes(&link.name)) else { return Ok(()) };
+        let Some(vectors) = Vectors::open(format, opened)? else {
+            self.volume.put_empty(file, before);
+            return Ok(());
+        };
+        let shape = vectors.shape();
+        let target = self.volume.prepare(file, shape.dimension, shape.element)?;
+        let rows = vectors.encode(&target.space)?;
+        self.volume.put(file, before, &target, rows)?;
+        Ok(())
+    }
+
+    fn read_config(&self, dir: FileId, opened: &File) -> Result<(), Refusal> {
+        let len = opened.metadata()?.len();
+        if len > MAX_CONFIG {
+            return Err(Refusal::too_big(format!("{len} bytes; a {CONFIG_NAME} may have {MAX_CONFIG}")));
+        }
+        let mut bytes = vec![0; len as usize];
+        std::os::unix::fs::FileExt::read_exact_at(opened, &mut bytes, 0)?;
+        let text = String::from_utf8(bytes).map_err(|error| Refusal::malformed(error.to_string()))?;
+        let config = Config::parse(&text).map_err(Refusal::malformed)?;
+        self.configure(dir, Some(config));
+        Ok(())
+    }
+
+    fn configure(&self, dir: FileId, config: Option<Config>) {
+        for file in self.volume.configure(dir, config) {
+            let of_config = self.volume.links(file).first().is_some_and(is_config);
+            if !of_config {
+                self.reread(file);
+            }
+        }
+    }
+
+    /// Reads a file again whatever its fingerprint says, because its collection changed.
+    fn reread(&self, file: FileId) {
+        self.volume.forget_fingerprint(file);
+        self.read_known(file);
+    }
+
+    /// A name now leads to a file. True if its bytes are to be read.
+    pub fn linked(&self, parent: FileId, name: &OsStr, file: FileId) -> bool {
+        self.volume.link(file, Link { parent, name: name.as_bytes().to_vec() })
+    }
+
+    /// A name is gone.
+    pub fn unlinked(&self, parent: FileId, name: &OsStr, file: FileId) {
+        let link = Link { parent, name: name.as_bytes().to_vec() };
+        self.volume.unlink(file, &link);
+        if is_config(&link) {
+            self.configure(parent, None);
+        }
+    }
+
+    /// A file moved. Its vectors move with it, and are read anew only where another collection or format begins.
+    pub fn renamed(&self, file: FileId, from: &Link, to: &Link, replaced: Option<FileId>) {
+        let was = is_interesting(OsStr::from_bytes(&from.name));
+        let is = is_interesting(OsStr::from_bytes(&to.name));
+        match (was, is) {
+            (true, true) => self.volume.rename(file, from, to.clone(), replaced),
+            (true, false) => self.volume.unlink(file, from),
+            (false, true) => {
+                if let Some(replaced) = replaced {
+                    self.volume.unlink(replaced, to);
+                }
+                self.volume.link(file, to.clone());
+            }
+            (false, false) => {}
+        }
+        if is_config(from) && (from.parent != to.parent || !is_config(to)) {
+            self.configure(from.parent, None);
+        }
+        if is {
+            let format = |link: &Link| Format::of(OsStr::from_bytes(&link.name));
+            if format(from) != format(to) || self.misplaced(file, to) {
+                self.reread(file);
+            } else if !self.touch(file) {
+                self.read_known(file);
+            }
+        }
+    }
+
+    /// After a rename only the change time of an indexed file is new. False if there is more to it.
+    fn touch(&self, file: FileId) -> bool {
+        self.volume.paths(file, FileId::ROOT).iter().any(|path| {
+            self.source
+                .stat(path)
+                .is_ok_and(|stat| self.source.id(&stat) == Some(file) && self.volume.touch(file, fingerprint(&stat)))
+        })
+    }
+
+    /// A directory moved from one parent to another: nothing is read unless another collection begins there.
+    pub fn dir_moved(&self, dir: FileId, from: FileId, to: FileId) {
+        if from != to && self.volume.nearest_collection(from) != self.volume.nearest_collection(to) {
+            for file in self.volume.misplaced(dir) {
+                self.reread(file);
+            }
+        }
+    }
+
+    /// Makes all that was read durable.
+    pub fn commit(&self) -> Result<(), Failure> {
+        self.volume.commit().map_err(|error| {
+            let errno = match &error {
+                vexfs_store::CommitError::Io { errno, .. } => Errno::from_raw_os_error(*errno),
+                _ => Errno::IO,
+            };
+            Failure::new(errno, error.to_string())
+        })
+    }
+
+    /// Does the file's directory entry still say what the index was told, so that a hit may name it?
+    pub fn is_current(&self, file: FileId, path: &[u8], known: &Fingerprint) -> bool {
+        let Ok(stat) = self.source.stat(path) else { return false };
+        let now = fingerprint(&stat);
+        self.source.id(&stat) == Some(file) && (now.size, now.mtime) == (known.size, known.mtime)
+    }
+}
+
+fn from_io(error: std::io::Error) -> Failure {
+    Failure::new(Errno::from_io_error(&error).unwrap_or(Errno::IO), error.to_string())
+}

@@ -1,0 +1,182 @@
+//! Answers questions: from a request and the directory asked in to hits that the caller may see.
+
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use vexfs_store::index::Effort;
+use vexfs_store::{Answer, Content, FileId, MAX_K, Query};
+
+use crate::access::{Access, Caller};
+use crate::errors::{Failure, name};
+use crate::ingest::Ingest;
+use crate::wire::{ErrorLine, HitLine, Reply, Request};
+
+/// Hits where a request doesn't say how many.
+pub const DEFAULT_K: usize = 10;
+/// A search's time where the request doesn't say.
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
+/// Longest time that a request may give itself.
+const MAX_TIMEOUT_MS: u64 = 600_000;
+/// Most candidates that a request may ask a walk to keep.
+const MAX_EF: usize = 100_000;
+/// While the first scan of an adopted directory runs, a search waits for it in steps of this.
+const SCAN_STEP: Duration = Duration::from_millis(10);
+
+/// See the module.
+pub struct Service<'a> {
+    /// Files and store.
+    pub ingest: &'a Ingest,
+    /// What callers may see.
+    pub access: &'a Access,
+}
+
+impl Service<'_> {
+    /// Answers one line of the query file.
+    pub fn answer_line(&self, scope: FileId, caller: Caller, line: &[u8]) -> Reply {
+        let began = Instant::now();
+        let result = serde_json::from_slice::<Request>(line)
+            .map_err(|error| Failure::new(Errno::INVAL, format!("request: {error}")))
+            .and_then(|request| self.answer(scope, caller, &request));
+        match result {
+            Ok(answer) => Reply {
+                hits: Some(answer.hits.into_iter().map(hit_line).collect()),
+                took_us: Some(began.elapsed().as_micros() as u64),
+                distances: Some(answer.distances),
+                error: None,
+            },
+            Err(failure) => Reply { error: Some(error_line(&failure)), ..Reply::default() },
+        }
+    }
+
+    /// Answers a request asked in `scope`.
+    pub fn answer(&self, scope: FileId, caller: Caller, request: &Request) -> Result<Answer, Failure> {
+        let timeout = request.timeout_ms.map_or(DEFAULT_TIMEOUT, |ms| Duration::from_millis(ms.min(MAX_TIMEOUT_MS)));
+        let deadline = Instant::now() + timeout;
+        let invalid = |message: String| Failure::new(Errno::INVAL, message);
+        let k = request.k.unwrap_or(DEFAULT_K);
+        if k == 0 || k > MAX_K {
+            return Err(invalid(format!("k is {k}; 1 to {MAX_K} can be asked for")));
+        }
+        let effort = match (request.ef, request.recall) {
+            (Some(_), Some(_)) => return Err(invalid("ef and recall exclude each other".to_owned())),
+            (Some(ef), None) if (1..=MAX_EF).contains(&ef) => Effort::Ef(ef),
+            (Some(ef), None) => return Err(invalid(format!("ef is {ef}; 1 to {MAX_EF} can be asked for"))),
+            (None, Some(recall)) if recall > 0.0 && recall <= 1.0 => Effort::Recall(recall),
+            (None, Some(recall)) => return Err(invalid(format!("recall is {recall}; it lies above 0 and at most at 1"))),
+            (None, None) => Effort::default(),
+        };
+        if request.max_distance.is_some_and(f32::is_nan) {
+            return Err(invalid("max_distance is not a number".to_owned()));
+        }
+        self.wait_for_scan(deadline)?;
+        let (vector, exclude) = match (&request.vector, &request.like) {
+            (Some(vector), None) => (vector.clone(), None),
+            (None, Some(like)) => {
+                let (file, row) = self.point(scope, caller, like)?;
+                (self.vector(file, row, like)?, Some((file, row)))
+            }
+            _ => return Err(invalid("exactly one of vector and like is wanted".to_owned())),
+        };
+        let query = Query {
+            vector,
+            k,
+            effort,
+            exact: request.exact,
+            max_distance: request.max_distance,
+            scope,
+            exclude,
+            deadline: Some(deadline),
+        };
+        let mut stale = Vec::new();
+        let scope_path = self.ingest.volume.dir_path(scope).unwrap_or_default();
+        let answer = self.access.as_caller(caller, |caller| {
+            self.ingest.volume.search(&query, &mut |file, path, known| {
+                let path = join(&scope_path, path);
+                if !self.ingest.is_current(file, &path, known) {
+                    stale.push(file);
+                    return false;
+                }
+                caller.may_read(&path)
+            })
+        })?;
+        // What changed beneath us is read again now; the answer already left it out.
+        for file in stale {
+            self.ingest.read_known(file);
+        }
+        Ok(answer?)
+    }
+
+    /// The point that `path` or `path#row` names, if the caller may read it.
+    pub fn point(&self, scope: FileId, caller: Caller, like: &str) -> Result<(FileId, u32), Failure> {
+        let (base, relative) = match like.strip_prefix('/') {
+            Some(rest) => (Vec::new(), rest),
+            None => (self.ingest.volume.dir_path(scope).unwrap_or_default(), like),
+        };
+        let whole = join(&base, relative.as_bytes());
+        let (path, row) = match (self.ingest.source.stat(&whole), relative.rsplit_once('#')) {
+            (Err(Errno::NOENT), Some((file, row))) => {
+                let row = row
+                    .parse()
+                    .map_err(|_| Failure::new(Errno::INVAL, format!("like: \"{row}\" is not a row number")))?;
+                (join(&base, file.as_bytes()), row)
+            }
+            _ => (whole, 0),
+        };
+        let absent = |errno: Errno| Failure::new(errno, format!("like: {like}: {}", std::io::Error::from(errno)));
+        if path.split(|byte| *byte == b'/').any(|part| part == b".." || part == crate::walk::RESERVED.as_bytes()) {
+            return Err(absent(Errno::NOENT));
+        }
+        let readable = self.access.as_caller(caller, |caller| caller.may_read(&path))?;
+        let stat = self.ingest.source.stat(&path).map_err(absent)?;
+        if !readable {
+            return Err(absent(Errno::ACCESS));
+        }
+        let file = self.ingest.source.id(&stat).ok_or_else(|| absent(Errno::NODATA))?;
+        Ok((file, row))
+    }
+
+    fn vector(&self, file: FileId, row: u32, like: &str) -> Result<Vec<f32>, Failure> {
+        if let Some(vector) = self.ingest.volume.vector(file, row) {
+            return Ok(vector);
+        }
+        let why = match self.ingest.volume.content(file) {
+            Some((_, Content::Indexed { rows, .. })) => format!("there is no row {row}: the file has {rows}"),
+            Some((_, Content::Refused { reason, .. })) => format!("not indexed: {reason}"),
+            Some((_, Content::Unread)) => "not read yet".to_owned(),
+            Some((_, Content::Empty)) | None => "holds no vector".to_owned(),
+        };
+        Err(Failure::new(Errno::NODATA, format!("like: {like}: {why}")))
+    }
+
+    /// An answer before the first scan is over would leave out what is there.
+    fn wait_for_scan(&self, deadline: Instant) -> Result<(), Failure> {
+        loop {
+            match self.ingest.volume.ready() {
+                Ok(()) => return Ok(()),
+                Err(_) if Instant::now() < deadline => std::thread::sleep(SCAN_STEP),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+/// Joins two relative paths.
+pub fn join(base: &[u8], path: &[u8]) -> Vec<u8> {
+    match (base.is_empty(), path.is_empty()) {
+        (true, _) => path.to_vec(),
+        (_, true) => base.to_vec(),
+        _ => [base, b"/", path].concat(),
+    }
+}
+
+fn hit_line(hit: vexfs_store::Hit) -> HitLine {
+    let (path, path_bytes) = match String::from_utf8(hit.path) {
+        Ok(path) => (path, None),
+        Err(error) => (String::from_utf8_lossy(error.as_bytes()).into_owned(), Some(error.into_bytes())),
+    };
+    HitLine { path, path_bytes, row: hit.row, distance: hit.distance, score: hit.score }
+}
+
+fn error_line(failure: &Failure) -> ErrorLine {
+    ErrorLine { errno: failure.errno.raw_os_error(), code: name(failure.errno), message: failure.message.clone() }
+}

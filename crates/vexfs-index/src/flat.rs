@@ -1,0 +1,53 @@
+//! Rows without a graph: every search is an exact scan.
+
+use crate::kernels::Prepared;
+use crate::request::{Budget, deliver, scan};
+use crate::{Index, Memory, Neighbor, Region, Request, Scratch, SearchError, Slot, Space, Stats};
+
+/// See the module. What a bulk load is until its graph is built.
+pub struct Flat {
+    space: Space,
+    rows: Region,
+}
+
+impl Flat {
+    /// `rows` are whole rows of the space; bytes of a partial last one are ignored.
+    pub fn new(space: Space, rows: Region) -> Flat {
+        Flat { space, rows }
+    }
+}
+
+impl Index for Flat {
+    fn space(&self) -> &Space {
+        &self.space
+    }
+
+    fn len(&self) -> usize {
+        self.rows.bytes().len() / self.space.row_bytes()
+    }
+
+    fn row(&self, slot: Slot) -> &[u8] {
+        let size = self.space.row_bytes();
+        &self.rows.bytes()[slot.0 as usize * size..][..size]
+    }
+
+    fn search(
+        &self,
+        query: &[f32],
+        request: &Request<'_>,
+        scratch: &mut Scratch,
+        out: &mut Vec<Neighbor>,
+    ) -> Result<Stats, SearchError> {
+        let query = Prepared::new(&self.space, query);
+        let mut budget = Budget::new(request);
+        scratch.best.clear();
+        let distance = |node: u32| query.distance(self.row(Slot(node)));
+        scan(0..self.len() as u32, distance, request, &mut budget, &mut scratch.best)?;
+        deliver(&mut scratch.best, request, out);
+        Ok(budget.stats)
+    }
+
+    fn memory(&self) -> Memory {
+        Memory { index: 0, vectors: self.rows.bytes().len() as u64 }
+    }
+}

@@ -1,0 +1,449 @@
+//! Distance kernels: the one module with `unsafe`.
+//!
+//! Each kernel is written once as a plain loop over fixed lanes and compiled for several instruction sets; which one
+//! runs is decided once, at run time. The dot product of 8-bit codes is the exception: no loop is compiled into
+//! VNNI's instruction, which is worth 2 to 4 times, so that one is written by hand.
+#![allow(unsafe_code)]
+
+use std::sync::OnceLock;
+
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+
+use crate::space::{Element, Metric, Space};
+
+#[cfg(test)]
+mod tests;
+
+#[inline(always)]
+fn sum_f32(x: &[u8], row: &[u8], term: impl Fn(f32, f32) -> f32) -> f32 {
+    const LANES: usize = 32;
+    let (xs, rows) = (x.as_chunks::<4>().0, row.as_chunks::<4>().0);
+    let mut lanes = [0f32; LANES];
+    let n = xs.len().min(rows.len());
+    let whole = n / LANES * LANES;
+    for (x, row) in xs[..whole].chunks_exact(LANES).zip(rows[..whole].chunks_exact(LANES)) {
+        for lane in 0..LANES {
+            lanes[lane] += term(f32::from_le_bytes(x[lane]), f32::from_le_bytes(row[lane]));
+        }
+    }
+    let mut sum: f32 = lanes.iter().sum();
+    for (x, row) in xs[whole..n].iter().zip(&rows[whole..n]) {
+        sum += term(f32::from_le_bytes(*x), f32::from_le_bytes(*row));
+    }
+    sum
+}
+
+/// Sums of integer terms; blocks keep the 32-bit lanes from overflowing.
+#[inline(always)]
+fn sum_int(x: &[u8], row: &[u8], widen: impl Fn(u8) -> i16, term: impl Fn(i32, i32) -> i32) -> i64 {
+    const LANES: usize = 32;
+    // 255² × 4096 stays far below 2³¹.
+    const BLOCK: usize = 4096;
+    let mut total = 0i64;
+    for (x, row) in x.chunks(BLOCK).zip(row.chunks(BLOCK)) {
+        let mut lanes = [0i32; LANES];
+        let whole = x.len().min(row.len()) / LANES * LANES;
+        for (x, row) in x[..whole].chunks_exact(LANES).zip(row[..whole].chunks_exact(LANES)) {
+            for lane in 0..LANES {
+                lanes[lane] += term(i32::from(widen(x[lane])), i32::from(widen(row[lane])));
+            }
+        }
+        total += i64::from(lanes.iter().sum::<i32>());
+        for (x, row) in x[whole..].iter().zip(&row[whole..]) {
+            total += i64::from(term(i32::from(widen(*x)), i32::from(widen(*row))));
+        }
+    }
+    total
+}
+
+#[inline(always)]
+fn dot_f32_body(x: &[u8], row: &[u8]) -> f32 {
+    sum_f32(x, row, |a, b| a * b)
+}
+#[inline(always)]
+fn l2_f32_body(x: &[u8], row: &[u8]) -> f32 {
+    sum_f32(x, row, |a, b| (a - b) * (a - b))
+}
+#[inline(always)]
+fn dot_u8_body(x: &[u8], row: &[u8]) -> i64 {
+    sum_int(x, row, i16::from, |a, b| a * b)
+}
+#[inline(always)]
+fn l2_u8_body(x: &[u8], row: &[u8]) -> i64 {
+    sum_int(x, row, i16::from, |a, b| (a - b) * (a - b))
+}
+#[inline(always)]
+fn dot_i8_body(x: &[u8], row: &[u8]) -> i64 {
+    sum_int(x, row, |b| i16::from(b as i8), |a, b| a * b)
+}
+#[inline(always)]
+fn l2_i8_body(x: &[u8], row: &[u8]) -> i64 {
+    sum_int(x, row, |b| i16::from(b as i8), |a, b| (a - b) * (a - b))
+}
+/// `codes` are biased by 128; the sum is of biased codes times `x`.
+#[inline(always)]
+fn dot_codes_body(x: &[i8], codes: &[u8]) -> i32 {
+    let mut sum = 0i32;
+    for (x, code) in x.iter().zip(codes) {
+        sum += i32::from(*x) * i32::from(*code);
+    }
+    sum
+}
+
+/// Both sides are biased by 128; the sum is of the true codes' products.
+#[inline(always)]
+fn dot_biased_body(one: &[u8], other: &[u8]) -> i32 {
+    const LANES: usize = 32;
+    let mut lanes = [0i32; LANES];
+    let whole = one.len().min(other.len()) / LANES * LANES;
+    for (one, other) in one[..whole].chunks_exact(LANES).zip(other[..whole].chunks_exact(LANES)) {
+        for lane in 0..LANES {
+            lanes[lane] += (i32::from(one[lane]) - 128) * (i32::from(other[lane]) - 128);
+        }
+    }
+    let tail = one[whole..].iter().zip(&other[whole..]);
+    lanes.iter().sum::<i32>() + tail.map(|(a, b)| (i32::from(*a) - 128) * (i32::from(*b) - 128)).sum::<i32>()
+}
+
+/// The kernels of one instruction set.
+pub struct Kernels {
+    name: &'static str,
+    dot_f32: unsafe fn(&[u8], &[u8]) -> f32,
+    l2_f32: unsafe fn(&[u8], &[u8]) -> f32,
+    dot_u8: unsafe fn(&[u8], &[u8]) -> i64,
+    l2_u8: unsafe fn(&[u8], &[u8]) -> i64,
+    dot_i8: unsafe fn(&[u8], &[u8]) -> i64,
+    l2_i8: unsafe fn(&[u8], &[u8]) -> i64,
+    dot_codes: unsafe fn(&[i8], &[u8]) -> i32,
+    dot_biased: unsafe fn(&[u8], &[u8]) -> i32,
+}
+
+macro_rules! variant {
+    ($module:ident, $name:literal, $features:literal, $dot_codes:path) => {
+        mod $module {
+            use super::*;
+
+            #[target_feature(enable = $features)]
+            fn dot_f32(x: &[u8], row: &[u8]) -> f32 {
+                dot_f32_body(x, row)
+            }
+            #[target_feature(enable = $features)]
+            fn l2_f32(x: &[u8], row: &[u8]) -> f32 {
+                l2_f32_body(x, row)
+            }
+            #[target_feature(enable = $features)]
+            fn dot_u8(x: &[u8], row: &[u8]) -> i64 {
+                dot_u8_body(x, row)
+            }
+            #[target_feature(enable = $features)]
+            fn l2_u8(x: &[u8], row: &[u8]) -> i64 {
+                l2_u8_body(x, row)
+            }
+            #[target_feature(enable = $features)]
+            fn dot_i8(x: &[u8], row: &[u8]) -> i64 {
+                dot_i8_body(x, row)
+            }
+            #[target_feature(enable = $features)]
+            fn l2_i8(x: &[u8], row: &[u8]) -> i64 {
+                l2_i8_body(x, row)
+            }
+            #[target_feature(enable = $features)]
+            #[allow(dead_code, reason = "the variants with VNNI have their own")]
+            pub(super) fn dot_codes(x: &[i8], codes: &[u8]) -> i32 {
+                dot_codes_body(x, codes)
+            }
+            #[target_feature(enable = $features)]
+            fn dot_biased(one: &[u8], other: &[u8]) -> i32 {
+                dot_biased_body(one, other)
+            }
+
+            pub(super) static KERNELS: Kernels = Kernels {
+                name: $name,
+                dot_f32,
+                l2_f32,
+                dot_u8,
+                l2_u8,
+                dot_i8,
+                l2_i8,
+                dot_codes: $dot_codes,
+                dot_biased,
+            };
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+variant!(
+    avx512,
+    "avx512-vnni",
+    "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c",
+    super::vnni::dot_codes
+);
+#[cfg(target_arch = "x86_64")]
+variant!(avx2, "avx2", "avx2,fma,f16c", dot_codes);
+
+#[cfg(target_arch = "x86_64")]
+mod vnni {
+    use std::arch::x86_64::{
+        _mm256_loadu_si256, _mm512_add_epi32, _mm512_castsi256_si512, _mm512_dpbusd_epi32,
+        _mm512_loadu_si512, _mm512_reduce_add_epi32, _mm512_setzero_si512, _mm512_zextsi256_si512,
+    };
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+    pub(super) fn dot_codes(x: &[i8], codes: &[u8]) -> i32 {
+        let n = x.len().min(codes.len());
+        let mut one = _mm512_setzero_si512();
+        let mut two = _mm512_setzero_si512();
+        let mut at = 0;
+        while at + 128 <= n {
+            // SAFETY: 128 bytes from `at` lie within both slices; unaligned loads. Indexing bounds each of the
+            // loads by itself, which costs a tenth of the kernel's time.
+            unsafe {
+                let code = codes.as_ptr().add(at);
+                let query = x.as_ptr().add(at);
+                one = _mm512_dpbusd_epi32(one, _mm512_loadu_si512(code.cast()), _mm512_loadu_si512(query.cast()));
+                two = _mm512_dpbusd_epi32(
+                    two,
+                    _mm512_loadu_si512(code.add(64).cast()),
+                    _mm512_loadu_si512(query.add(64).cast()),
+                );
+            }
+            at += 128;
+        }
+        while at + 32 <= n {
+            // SAFETY: 32 bytes from `at` lie within both slices; unaligned loads.
+            let (code, query) = unsafe {
+                (
+                    _mm512_zextsi256_si512(_mm256_loadu_si256(codes.as_ptr().add(at).cast())),
+                    _mm512_castsi256_si512(_mm256_loadu_si256(x.as_ptr().add(at).cast())),
+                )
+            };
+            // The upper half of the codes is zero, so what the query has there doesn't count.
+            two = _mm512_dpbusd_epi32(two, code, query);
+            at += 32;
+        }
+        let sum = _mm512_reduce_add_epi32(_mm512_add_epi32(one, two));
+        sum + super::dot_codes_body(&x[at..n], &codes[at..n])
+    }
+}
+
+static SCALAR: Kernels = Kernels {
+    name: "scalar",
+    dot_f32: dot_f32_body,
+    l2_f32: l2_f32_body,
+    dot_u8: dot_u8_body,
+    l2_u8: l2_u8_body,
+    dot_i8: dot_i8_body,
+    l2_i8: l2_i8_body,
+    dot_codes: dot_codes_body,
+    dot_biased: dot_biased_body,
+};
+
+/// The kernels that this machine can run, best first.
+fn available() -> Vec<&'static Kernels> {
+    let mut all = Vec::new();
+    #[cfg(target_arch = "x86_64")]
+    {
+        let avx2 = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c");
+        if avx2
+            && is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vnni")
+        {
+            all.push(&avx512::KERNELS);
+        }
+        if avx2 {
+            all.push(&avx2::KERNELS);
+        }
+    }
+    all.push(&SCALAR);
+    all
+}
+
+fn best() -> &'static Kernels {
+    static BEST: OnceLock<&'static Kernels> = OnceLock::new();
+    BEST.get_or_init(|| available().first().copied().unwrap_or(&SCALAR))
+}
+
+/// The name of the instruction set in use.
+pub fn name() -> &'static str {
+    best().name
+}
+
+/// Dot product of i8 numbers with codes biased by 128.
+pub fn dot_codes(x: &[i8], codes: &[u8]) -> i32 {
+    // SAFETY: `best` lists a variant only where the machine has its features.
+    unsafe { (best().dot_codes)(x, codes) }
+}
+
+/// Dot product of two rows of codes, both biased by 128.
+pub fn dot_biased(one: &[u8], other: &[u8]) -> i32 {
+    // SAFETY: as in `dot_codes`.
+    unsafe { (best().dot_biased)(one, other) }
+}
+
+/// Asks for a cache line ahead of its use; any address will do.
+#[inline(always)]
+pub fn prefetch(bytes: &[u8], at: usize) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        let pointer = bytes.as_ptr().wrapping_add(at);
+        // SAFETY: a prefetch never faults, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(pointer.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (bytes, at);
+}
+
+/// Distance between two rows of a space.
+pub fn between(space: &Space, one: &[u8], other: &[u8]) -> f32 {
+    rows(best(), space, one, other)
+}
+
+fn rows(kernels: &Kernels, space: &Space, one: &[u8], other: &[u8]) -> f32 {
+    let cosine = |dot: i64, square: unsafe fn(&[u8], &[u8]) -> i64| {
+        // SAFETY: as below.
+        let lengths = unsafe { square(one, one) as f64 * square(other, other) as f64 };
+        1.0 - (dot as f64 / lengths.sqrt()) as f32
+    };
+    // SAFETY (all): a `Kernels` is handed out only where the machine has its features.
+    unsafe {
+        match (space.element(), space.metric()) {
+            (Element::F32, Metric::L2) => (kernels.l2_f32)(one, other),
+            (Element::F32, Metric::InnerProduct) => -(kernels.dot_f32)(one, other),
+            (Element::F32, Metric::Cosine) => 1.0 - (kernels.dot_f32)(one, other),
+            (Element::U8, Metric::L2) => (kernels.l2_u8)(one, other) as f32,
+            (Element::U8, Metric::InnerProduct) => -((kernels.dot_u8)(one, other) as f32),
+            (Element::U8, Metric::Cosine) => cosine((kernels.dot_u8)(one, other), kernels.dot_u8),
+            (Element::I8, Metric::L2) => (kernels.l2_i8)(one, other) as f32,
+            (Element::I8, Metric::InnerProduct) => -((kernels.dot_i8)(one, other) as f32),
+            (Element::I8, Metric::Cosine) => cosine((kernels.dot_i8)(one, other), kernels.dot_i8),
+            (Element::F16, _) => {
+                let pieces = one.chunks(PIECE * 2).zip(other.chunks(PIECE * 2));
+                let sum = pieces.map(|(one, other)| {
+                    let (mut a, mut b) = ([[0; 4]; PIECE], [[0; 4]; PIECE]);
+                    widened(kernels, space.metric(), widen(one, &mut a), widen(other, &mut b))
+                });
+                from_sum(space.metric(), sum.sum())
+            }
+        }
+    }
+}
+
+/// Halves are widened in pieces that stay in the first-level cache.
+const PIECE: usize = 256;
+
+/// Widens at most [`PIECE`] halves to the bytes of f32.
+fn widen<'a>(row: &[u8], out: &'a mut [[u8; 4]; PIECE]) -> &'a [u8] {
+    let halves_in = row.as_chunks::<2>().0;
+    let n = halves_in.len().min(PIECE);
+    let mut halves = [f16::ZERO; PIECE];
+    let mut wide = [0f32; PIECE];
+    for (half, bytes) in halves.iter_mut().zip(halves_in) {
+        *half = f16::from_le_bytes(*bytes);
+    }
+    halves[..n].convert_to_f32_slice(&mut wide[..n]);
+    for (bytes, value) in out.iter_mut().zip(&wide[..n]) {
+        *bytes = value.to_le_bytes();
+    }
+    out[..n].as_flattened()
+}
+
+fn widened(kernels: &Kernels, metric: Metric, one: &[u8], other: &[u8]) -> f32 {
+    // SAFETY: a `Kernels` is handed out only where the machine has its features.
+    unsafe {
+        match metric {
+            Metric::L2 => (kernels.l2_f32)(one, other),
+            Metric::InnerProduct | Metric::Cosine => (kernels.dot_f32)(one, other),
+        }
+    }
+}
+
+fn from_sum(metric: Metric, sum: f32) -> f32 {
+    match metric {
+        Metric::L2 => sum,
+        Metric::InnerProduct => -sum,
+        Metric::Cosine => 1.0 - sum,
+    }
+}
+
+enum Numbers {
+    /// As a row of the space.
+    Row(Vec<u8>),
+    /// As the bytes of f32, against halves.
+    Wide(Vec<u8>),
+    /// With fractions, against integers.
+    Fraction(Vec<f32>),
+}
+
+/// A query ready to be compared with many rows at full precision.
+pub struct Prepared {
+    space: Space,
+    numbers: Numbers,
+    /// The query's length.
+    length: f32,
+    kernels: &'static Kernels,
+}
+
+impl Prepared {
+    /// `query` has passed [`Space::check_query`].
+    pub fn new(space: &Space, query: &[f32]) -> Prepared {
+        Prepared::with(best(), space, query)
+    }
+
+    fn with(kernels: &'static Kernels, space: &Space, query: &[f32]) -> Prepared {
+        let length = query.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>().sqrt();
+        let scale = match (space.metric(), space.element()) {
+            (Metric::Cosine, Element::F32 | Element::F16) => 1.0 / length,
+            _ => 1.0,
+        };
+        let floats = || query.iter().flat_map(|v| ((f64::from(*v) * scale) as f32).to_le_bytes()).collect();
+        let whole = |low: f32, high: f32| query.iter().all(|v| v.fract() == 0.0 && (low..=high).contains(v));
+        let numbers = match space.element() {
+            Element::F32 => Numbers::Row(floats()),
+            Element::F16 => Numbers::Wide(floats()),
+            Element::U8 if whole(0.0, 255.0) => Numbers::Row(query.iter().map(|v| *v as u8).collect()),
+            Element::I8 if whole(-128.0, 127.0) => {
+                Numbers::Row(query.iter().map(|v| *v as i8 as u8).collect())
+            }
+            Element::U8 | Element::I8 => Numbers::Fraction(query.to_vec()),
+        };
+        Prepared { space: *space, numbers, length: length as f32, kernels }
+    }
+
+    /// Distance to a row of the space.
+    pub fn distance(&self, row: &[u8]) -> f32 {
+        match &self.numbers {
+            Numbers::Row(query) => rows(self.kernels, &self.space, query, row),
+            Numbers::Wide(query) => {
+                let pieces = query.chunks(PIECE * 4).zip(row.chunks(PIECE * 2));
+                let sum = pieces.map(|(query, row)| {
+                    let mut wide = [[0; 4]; PIECE];
+                    widened(self.kernels, self.space.metric(), query, widen(row, &mut wide))
+                });
+                from_sum(self.space.metric(), sum.sum())
+            }
+            Numbers::Fraction(query) => self.fraction(query, row),
+        }
+    }
+
+    fn fraction(&self, query: &[f32], row: &[u8]) -> f32 {
+        let signed = self.space.element() == Element::I8;
+        let number = |b: u8| if signed { f32::from(b as i8) } else { f32::from(b) };
+        let pairs = || query.iter().zip(row).map(|(x, b)| (*x, number(*b)));
+        match self.space.metric() {
+            Metric::L2 => pairs().map(|(x, y)| (x - y) * (x - y)).sum(),
+            Metric::InnerProduct => -pairs().map(|(x, y)| x * y).sum::<f32>(),
+            Metric::Cosine => {
+                let square: f32 = row.iter().map(|b| number(*b) * number(*b)).sum();
+                1.0 - pairs().map(|(x, y)| x * y).sum::<f32>() / (self.length * square.sqrt())
+            }
+        }
+    }
+}

@@ -1,0 +1,243 @@
+//! Questions to an index, and the scratch that answering needs.
+
+use std::cmp::Ordering;
+use std::collections::BinaryHeap;
+use std::time::Instant;
+
+use crate::Slot;
+
+/// How hard a walk tries.
+#[derive(Copy, Clone, Debug, PartialEq)]
+pub enum Effort {
+    /// Candidates kept.
+    Ef(usize),
+    /// Recall that the walk should come to; 1 compares with every vector.
+    Recall(f32),
+}
+
+impl Default for Effort {
+    /// A margin over the 0.95 that users are promised.
+    fn default() -> Effort {
+        Effort::Recall(0.98)
+    }
+}
+
+/// Which slots may be returned.
+pub trait Filter: Sync {
+    /// May this one?
+    fn allows(&self, slot: Slot) -> bool;
+    /// The share of slots that may, if known.
+    fn selectivity(&self) -> Option<f32> {
+        None
+    }
+}
+
+/// A question.
+#[derive(Clone)]
+pub struct Request<'a> {
+    /// Hits wanted.
+    pub k: usize,
+    /// How hard to try.
+    pub effort: Effort,
+    /// Compare with every vector.
+    pub exact: bool,
+    /// Only hits at most this far, in the index's unit.
+    pub max_distance: Option<f32>,
+    /// Only these.
+    pub filter: Option<&'a dyn Filter>,
+    /// When to give up.
+    pub deadline: Option<Instant>,
+    /// After how many distances to give up.
+    pub max_distances: Option<u64>,
+}
+
+impl Request<'_> {
+    /// The `k` nearest with default effort.
+    pub fn nearest(k: usize) -> Request<'static> {
+        Request {
+            k,
+            effort: Effort::default(),
+            exact: false,
+            max_distance: None,
+            filter: None,
+            deadline: None,
+            max_distances: None,
+        }
+    }
+
+    /// May the slot be returned?
+    pub(crate) fn allows(&self, slot: u32) -> bool {
+        self.filter.is_none_or(|filter| filter.allows(Slot(slot)))
+    }
+}
+
+/// A hit.
+#[derive(Copy, Clone, Debug, PartialEq)]
+pub struct Neighbor {
+    /// Where it is.
+    pub slot: Slot,
+    /// Full-precision distance, in the index's unit.
+    pub distance: f32,
+}
+
+/// What an answer cost.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Distances computed.
+    pub distances: u64,
+    /// Nodes whose links were read.
+    pub hops: u64,
+}
+
+/// A search that gave up.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SearchError {
+    /// At its deadline.
+    #[error("the deadline passed")]
+    Deadline,
+    /// At its limit of distances.
+    #[error("the work limit was reached")]
+    WorkLimit,
+}
+
+/// A node and its distance, ordered by distance, then node. Distances are never NaN: vectors and queries are finite.
+#[derive(Copy, Clone, Debug, PartialEq)]
+pub(crate) struct Candidate {
+    pub distance: f32,
+    pub node: u32,
+}
+
+impl Eq for Candidate {}
+impl PartialOrd for Candidate {
+    fn partial_cmp(&self, other: &Candidate) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl Ord for Candidate {
+    fn cmp(&self, other: &Candidate) -> Ordering {
+        self.distance.total_cmp(&other.distance).then(self.node.cmp(&other.node))
+    }
+}
+
+/// Memory that searches and inserts use again and again. One at a time.
+#[derive(Default)]
+pub struct Scratch {
+    pub(crate) visited: Visited,
+    /// To be expanded, nearest first.
+    pub(crate) near: BinaryHeap<std::cmp::Reverse<Candidate>>,
+    /// The best so far, farthest first.
+    pub(crate) best: BinaryHeap<Candidate>,
+    pub(crate) links: Vec<u32>,
+    pub(crate) sorted: Vec<Candidate>,
+    pub(crate) chosen: Vec<Candidate>,
+}
+
+/// Which nodes a walk has met: a stamp for each, so that nothing is cleared between walks.
+#[derive(Default)]
+pub(crate) struct Visited {
+    stamps: Vec<u32>,
+    now: u32,
+}
+
+impl Visited {
+    pub fn start(&mut self, nodes: usize) {
+        if self.stamps.len() < nodes {
+            self.stamps.resize(nodes, 0);
+        }
+        self.now = self.now.wrapping_add(1);
+        if self.now == 0 {
+            self.stamps.fill(0);
+            self.now = 1;
+        }
+    }
+
+    /// True at the first meeting. A node that was added after the walk began counts as met.
+    pub fn meet(&mut self, node: u32) -> bool {
+        match self.stamps.get_mut(node as usize) {
+            Some(stamp) if *stamp != self.now => {
+                *stamp = self.now;
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
+/// Counts distances and watches the limits.
+pub(crate) struct Budget {
+    pub stats: Stats,
+    deadline: Option<Instant>,
+    most: u64,
+    next_look: u64,
+}
+
+/// Distances between two looks at the clock: some tens of microseconds.
+const LOOK_EVERY: u64 = 512;
+
+impl Budget {
+    pub fn new(request: &Request<'_>) -> Budget {
+        Budget {
+            stats: Stats::default(),
+            deadline: request.deadline,
+            most: request.max_distances.unwrap_or(u64::MAX),
+            next_look: 0,
+        }
+    }
+
+    pub fn unlimited() -> Budget {
+        Budget { stats: Stats::default(), deadline: None, most: u64::MAX, next_look: u64::MAX }
+    }
+
+    pub fn spend(&mut self, distances: u64) -> Result<(), SearchError> {
+        self.stats.distances += distances;
+        if self.stats.distances > self.most {
+            return Err(SearchError::WorkLimit);
+        }
+        if self.stats.distances >= self.next_look {
+            self.next_look = self.stats.distances.saturating_add(LOOK_EVERY);
+            if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                return Err(SearchError::Deadline);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Keeps the `k` nearest of what it is offered.
+pub(crate) fn keep(best: &mut BinaryHeap<Candidate>, k: usize, candidate: Candidate) {
+    if best.len() < k {
+        best.push(candidate);
+    } else if let Some(mut farthest) = best.peek_mut()
+        && candidate < *farthest
+    {
+        *farthest = candidate;
+    }
+}
+
+/// Exact scan of `slots`: the `k` nearest that the request allows, into `scratch.best`.
+pub(crate) fn scan(
+    slots: impl Iterator<Item = u32>,
+    distance: impl Fn(u32) -> f32,
+    request: &Request<'_>,
+    budget: &mut Budget,
+    best: &mut BinaryHeap<Candidate>,
+) -> Result<(), SearchError> {
+    for node in slots {
+        if request.allows(node) {
+            budget.spend(1)?;
+            keep(best, request.k, Candidate { distance: distance(node), node });
+        }
+    }
+    Ok(())
+}
+
+/// Empties `best` into hits, nearest first.
+pub(crate) fn deliver(best: &mut BinaryHeap<Candidate>, request: &Request<'_>, out: &mut Vec<Neighbor>) {
+    out.clear();
+    while let Some(candidate) = best.pop() {
+        if request.max_distance.is_none_or(|most| candidate.distance <= most) {
+            out.push(Neighbor { slot: Slot(candidate.node), distance: candidate.distance });
+        }
+    }
+    out.reverse();
+}

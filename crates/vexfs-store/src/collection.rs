@@ -1,0 +1,96 @@
+//! A collection in memory: its schema, its parts and the head that takes new points.
+
+use std::sync::Arc;
+
+use arc_swap::{ArcSwap, ArcSwapOption};
+use parking_lot::Mutex;
+use vexfs_index::{Mutable, Scratch};
+
+use crate::catalog::CollectionRow;
+use crate::id::CollectionId;
+use crate::part::{Part, Reading};
+use crate::schema::Schema;
+
+/// Points in a head beyond which it is sealed.
+pub const SEAL_POINTS: usize = 50_000;
+/// Bytes of full vectors in a head beyond which it is sealed.
+pub const SEAL_BYTES: usize = 64 << 20;
+/// Rows of one file from which it becomes a segment of its own without passing through the head.
+pub const BULK_ROWS: usize = 8_192;
+/// Pending points beyond which a writer links its own before it goes on: the queue's bound.
+pub const MAX_PENDING: usize = 20_000;
+
+/// See the module.
+pub struct Collection {
+    /// Its number.
+    pub id: CollectionId,
+    /// What the catalog holds of it; changed under the volume's writer lock only.
+    pub row: Mutex<CollectionRow>,
+    /// Complete from the first vector on.
+    pub schema: ArcSwapOption<Schema>,
+    /// The head first (once there is a schema), then frozen heads, bulk files and segments.
+    pub parts: ArcSwap<Vec<Arc<Part>>>,
+    /// Held while rows are appended to the head and while the head is changed for a new one.
+    pub append: Mutex<()>,
+}
+
+impl Collection {
+    /// From a row; `schema` if the row is complete.
+    pub fn new(id: CollectionId, row: CollectionRow, schema: Option<Schema>) -> Arc<Collection> {
+        let parts = schema.as_ref().map(|schema| new_head(schema)).into_iter().collect();
+        Arc::new(Collection {
+            id,
+            row: Mutex::new(row),
+            schema: ArcSwapOption::from_pointee(schema),
+            parts: ArcSwap::from_pointee(parts),
+            append: Mutex::new(()),
+        })
+    }
+
+    /// Gives an incomplete collection its schema and its first head.
+    pub fn complete(&self, schema: Schema) {
+        self.parts.store(Arc::new(vec![new_head(&schema)]));
+        self.schema.store(Some(Arc::new(schema)));
+    }
+
+    /// The head that takes points now.
+    pub fn head(&self) -> Option<Arc<Part>> {
+        self.parts.load().first().cloned()
+    }
+
+    /// Appends a reading's rows to the head. With `link`, or where too many points are pending, they are in its
+    /// graph when this returns.
+    pub fn append(&self, reading: &Arc<Reading>, rows: &[u8], link: bool, scratch: &mut Scratch) {
+        let (head, slots) = {
+            let _appending = self.append.lock();
+            let Some(head) = self.head() else { return };
+            let Some(slots) = head.append(reading, rows) else { return };
+            (head, slots)
+        };
+        if let Some(index) = head.as_head()
+            && (link || index.pending() > MAX_PENDING)
+        {
+            for slot in slots {
+                index.link(vexfs_index::Slot(slot), scratch);
+            }
+        }
+    }
+
+    /// Is the head large enough to be sealed?
+    pub fn head_is_full(&self) -> bool {
+        self.head().is_some_and(|head| {
+            let index = head.index();
+            index.len() >= SEAL_POINTS || index.len() * index.space().row_bytes() >= SEAL_BYTES
+        })
+    }
+
+    /// Points that a search can return.
+    pub fn live_points(&self) -> u64 {
+        self.parts.load().iter().map(|part| part.live_points()).sum()
+    }
+}
+
+/// An empty head for the schema.
+pub fn new_head(schema: &Schema) -> Arc<Part> {
+    Part::head(Mutable::new(schema.space, schema.params.clone()))
+}

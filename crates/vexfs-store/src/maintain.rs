@@ -1,0 +1,269 @@
+//! The threads behind: one links pending points, one seals and merges, one commits.
+//!
+//! Sealing, merging and rewriting are one thing, [`rewrite`]: the live rows of some parts become one segment that
+//! takes their place.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::{Builder, JoinHandle};
+use std::time::Duration;
+
+use vexfs_index::{Index, Scratch, Slot};
+
+use crate::catalog::Content;
+use crate::collection::{Collection, new_head};
+use crate::id::SegmentId;
+use crate::part::{Part, Reading};
+use crate::segment::{self, Segment, SegmentFile};
+use crate::volume::Inner;
+
+/// How long a closed file may stay out of the catalog on disk.
+const COMMIT_EVERY: Duration = Duration::from_secs(2);
+/// How long work may lie when nobody woke the threads.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// Segments of one size class that are merged into one.
+const TIER: usize = 4;
+/// At close, a smaller head is left to be read from its files by the next open.
+const SEAL_AT_CLOSE: u64 = 4_096;
+
+/// Starts the volume's threads. They end when `stop` is set and they are woken.
+pub fn start(inner: &Arc<Inner>) -> io::Result<Vec<JoinHandle<()>>> {
+    let thread = |name: &str, body: fn(&Inner)| {
+        let inner = Arc::clone(inner);
+        Builder::new().name(name.to_owned()).spawn(move || body(&inner))
+    };
+    Ok(vec![
+        thread("vexfs-link", link_loop)?,
+        thread("vexfs-seal", seal_loop)?,
+        thread("vexfs-commit", commit_loop)?,
+    ])
+}
+
+fn stopping(inner: &Inner) -> bool {
+    inner.stop.load(Ordering::Acquire)
+}
+
+/// Waits to be woken, at most `most`.
+fn wait(inner: &Inner, most: Duration) {
+    let mut woken = inner.wake.0.lock();
+    if !stopping(inner) && !*woken {
+        inner.wake.1.wait_for(&mut woken, most);
+    }
+    *woken = false;
+}
+
+fn commit_loop(inner: &Inner) {
+    while !stopping(inner) {
+        std::thread::park_timeout(COMMIT_EVERY);
+        if let Err(error) = inner.commit() {
+            log::error!("{error}; the changes stay in memory and are tried again");
+        }
+    }
+}
+
+fn link_loop(inner: &Inner) {
+    let mut scratch = Scratch::default();
+    while !stopping(inner) {
+        let collections: Vec<_> = inner.collections.read().values().cloned().collect();
+        for collection in collections {
+            for part in collection.parts.load().iter() {
+                let Some(index) = part.as_head() else { continue };
+                let mut slot = 0;
+                while index.pending() > 0 && slot < index.len() as u32 && !stopping(inner) {
+                    index.link(Slot(slot), &mut scratch);
+                    slot += 1;
+                }
+            }
+        }
+        wait(inner, LOOK_EVERY);
+    }
+}
+
+fn seal_loop(inner: &Inner) {
+    while !stopping(inner) {
+        let collections: Vec<_> = inner.collections.read().values().cloned().collect();
+        let mut worked = false;
+        for collection in collections {
+            if stopping(inner) {
+                return;
+            }
+            freeze_full_head(inner, &collection);
+            match step(inner, &collection) {
+                Ok(true) => worked = true,
+                Ok(false) => retire_if_empty(inner, &collection),
+                Err(error) => {
+                    *inner.last_error.lock() = Some(format!("sealing: {error}"));
+                    log::error!("sealing: {error}; the points stay where they are and it is tried again");
+                }
+            }
+        }
+        if !worked {
+            std::thread::park_timeout(LOOK_EVERY);
+        }
+    }
+}
+
+/// A head that is full makes room for a new one; it is searched on until its segment is there.
+fn freeze_full_head(inner: &Inner, collection: &Collection) {
+    if collection.head_is_full() {
+        freeze(inner, collection);
+    }
+}
+
+fn freeze(inner: &Inner, collection: &Collection) {
+    let Some(schema) = collection.schema.load_full() else { return };
+    let _appending = collection.append.lock();
+    let _writer = inner.writer.lock();
+    let mut parts = Vec::clone(&collection.parts.load());
+    parts.insert(0, new_head(&schema));
+    inner.exchange_parts(collection, parts);
+}
+
+/// One rewriting, if there is one to do.
+fn step(inner: &Inner, collection: &Collection) -> io::Result<bool> {
+    let parts = collection.parts.load_full();
+    let inputs = choose(parts.get(1..).unwrap_or_default());
+    if inputs.is_empty() {
+        return Ok(false);
+    }
+    rewrite(inner, collection, &inputs)
+}
+
+/// What to rewrite next of all but the head: what is no segment yet, each for itself; a segment that is half
+/// dead; the smallest size class that is full.
+fn choose(parts: &[Arc<Part>]) -> Vec<Arc<Part>> {
+    if let Some(part) = parts.iter().find(|part| part.as_segment().is_none()) {
+        return vec![Arc::clone(part)];
+    }
+    let live = |part: &Part| (part.index().len() as u64).saturating_sub(part.ended_points());
+    if let Some(part) = parts.iter().find(|part| part.ended_points() >= live(part)) {
+        return vec![Arc::clone(part)];
+    }
+    let class = |part: &Part| live(part).max(1).ilog(TIER as u64);
+    let mut classes: Vec<u32> = parts.iter().map(|part| class(part)).collect();
+    classes.sort_unstable();
+    classes.dedup();
+    classes
+        .into_iter()
+        .map(|wanted| parts.iter().filter(|part| class(part) == wanted).cloned().collect::<Vec<_>>())
+        .find(|members| members.len() >= TIER)
+        .unwrap_or_default()
+}
+
+/// Makes one durable segment of the live rows of `inputs` and puts it in their place. False if it was stopped.
+fn rewrite(inner: &Inner, collection: &Collection, inputs: &[Arc<Part>]) -> io::Result<bool> {
+    let Some(schema) = collection.schema.load_full() else { return Ok(false) };
+    let mut rows = Vec::new();
+    let mut readings: Vec<Arc<Reading>> = Vec::new();
+    let mut points: Vec<(u32, u32)> = Vec::new();
+    for part in inputs {
+        let mut numbers = std::collections::HashMap::new();
+        for (slot, reading, row) in part.live() {
+            let number = *numbers.entry(Arc::as_ptr(&reading)).or_insert_with(|| {
+                readings.push(Arc::clone(&reading));
+                readings.len() as u32 - 1
+            });
+            points.push((number, row));
+            rows.extend_from_slice(part.index().row(slot));
+        }
+    }
+    let output = if points.is_empty() {
+        None
+    } else {
+        let threads = inner.options.threads;
+        let Some(sections) = vexfs_index::build(&schema.space, &rows, &schema.params, threads, &inner.stop) else {
+            return Ok(false);
+        };
+        drop(rows);
+        let files: Vec<SegmentFile> = readings
+            .iter()
+            .map(|r| SegmentFile { file: r.file, generation: r.generation, rows: r.rows })
+            .collect();
+        let points: Vec<(u32, u32)> = sections.order.iter().map(|row| points[*row as usize]).collect();
+        let id = {
+            let mut writer = inner.writer.lock();
+            writer.meta.next_segment += 1;
+            SegmentId(writer.meta.next_segment)
+        };
+        let content = segment::Content {
+            space: schema.space,
+            files: &files,
+            points: &points,
+            vectors: &sections.vectors,
+            codes: &sections.codes,
+            graph: &sections.graph,
+        };
+        segment::write(&*inner.disk, id, &content)?;
+        drop(sections);
+        let segment = Segment::open(&*inner.disk, id).map_err(io::Error::other)?;
+        Some(Part::sealed(segment, readings))
+    };
+    replace(inner, collection, inputs, output)?;
+    Ok(true)
+}
+
+/// Names the new segment in the manifest, durably; then searches use it; then the old files go.
+fn replace(inner: &Inner, collection: &Collection, inputs: &[Arc<Part>], output: Option<Arc<Part>>) -> io::Result<()> {
+    let old: Vec<SegmentId> = inputs.iter().filter_map(|part| part.as_segment().map(|s| s.id)).collect();
+    {
+        let mut writer = inner.writer.lock();
+        if let Some(segment) = output.as_ref().and_then(|part| part.as_segment()) {
+            writer.dirty_segments.insert(segment.id, Some(collection.id));
+        }
+        for id in &old {
+            writer.dirty_segments.insert(*id, None);
+        }
+        inner.changed(&mut writer);
+        let mut parts = Vec::clone(&collection.parts.load());
+        parts.retain(|part| !inputs.iter().any(|input| Arc::ptr_eq(input, part)));
+        parts.extend(output);
+        inner.exchange_parts(collection, parts);
+    }
+    // If this fails the old segments' files stay, as the durable manifest may still name them; the rows are kept
+    // to be written by the next commit, and files that no manifest names are removed by the next open.
+    inner.commit().map_err(io::Error::other)?;
+    for id in old {
+        inner.disk.remove(&id.path())?;
+    }
+    Ok(())
+}
+
+/// A collection that another has replaced at its root goes when its last point has gone.
+fn retire_if_empty(inner: &Inner, collection: &Collection) {
+    let dir = collection.row.lock().dir;
+    let replaced = inner.roots.read().get(&dir) != Some(&collection.id);
+    if !replaced || collection.live_points() > 0 {
+        return;
+    }
+    let mut writer = inner.writer.lock();
+    let in_use = inner.tree.read().files().any(|(_, row)| {
+        matches!(row.content, Content::Indexed { collection: id, .. } if id == collection.id)
+    });
+    if in_use {
+        return;
+    }
+    let segments: Vec<SegmentId> =
+        collection.parts.load().iter().filter_map(|part| part.as_segment().map(|s| s.id)).collect();
+    writer.dirty_segments.extend(segments.into_iter().map(|id| (id, None)));
+    writer.dirty_collections.insert(collection.id);
+    inner.collections.write().remove(&collection.id);
+    inner.changed(&mut writer);
+}
+
+/// Seals heads that would take long to read again. The threads have ended.
+pub fn seal_for_close(inner: &Inner) {
+    let collections: Vec<_> = inner.collections.read().values().cloned().collect();
+    for collection in collections {
+        let head = collection.head().map_or(0, |head| head.live_points());
+        if head >= SEAL_AT_CLOSE {
+            freeze(inner, &collection);
+        }
+        let parts = collection.parts.load_full();
+        for part in parts.iter().skip(1).filter(|part| part.as_segment().is_none()) {
+            if let Err(error) = rewrite(inner, &collection, std::slice::from_ref(part)) {
+                log::error!("sealing at close: {error}; the files are read again at the next open");
+            }
+        }
+    }
+}

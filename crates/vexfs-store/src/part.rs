@@ -1,0 +1,341 @@
+//! A part of a collection: an index and the table from its slots to files and rows.
+//!
+//! Which rows are live is decided by versions: a reading of a file ([`Reading`]) is born at one version of the
+//! volume and dies at another, so a search that fixed its version sees a file's old vectors or its new ones,
+//! never both and never neither, and takes no lock for it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::{Mutex, RwLock};
+use vexfs_index::{Filter, Flat, Index, Mutable, Slot};
+
+use crate::id::{FileId, Generation};
+use crate::segment::Segment;
+use crate::tree::Tree;
+
+/// The version of a reading that is not to be seen yet, or not to end yet.
+const NEVER: u64 = u64::MAX;
+
+/// One reading of a file's vectors, shared by the parts that hold its rows.
+pub struct Reading {
+    /// The file.
+    pub file: FileId,
+    /// Which reading of it.
+    pub generation: Generation,
+    /// How many rows.
+    pub rows: u32,
+    born: AtomicU64,
+    died: AtomicU64,
+    /// Counters of ended rows of the parts that hold this reading.
+    holders: Mutex<Vec<Arc<AtomicU64>>>,
+}
+
+impl Reading {
+    /// A reading that no search sees yet.
+    pub fn unborn(file: FileId, generation: Generation, rows: u32) -> Arc<Reading> {
+        Arc::new(Reading {
+            file,
+            generation,
+            rows,
+            born: AtomicU64::new(NEVER),
+            died: AtomicU64::new(NEVER),
+            holders: Mutex::new(Vec::new()),
+        })
+    }
+
+    /// Seen by searches from `version` on.
+    pub fn bear(&self, version: u64) {
+        self.born.store(version, Ordering::Release);
+    }
+
+    /// Not seen by searches from `version` on.
+    pub fn end(&self, version: u64) {
+        let holders = self.holders.lock();
+        if self.died.swap(version, Ordering::AcqRel) == NEVER {
+            for ended in holders.iter() {
+                ended.fetch_add(u64::from(self.rows), Ordering::AcqRel);
+            }
+        }
+    }
+
+    /// Counts this reading's rows in `ended` from the moment that it ends (at once if it has).
+    fn count_in(&self, ended: &Arc<AtomicU64>) {
+        let mut holders = self.holders.lock();
+        // A counter that nobody else has belonged to a part that is gone.
+        holders.retain(|holder| Arc::strong_count(holder) > 1);
+        holders.push(Arc::clone(ended));
+        if self.ended() {
+            ended.fetch_add(u64::from(self.rows), Ordering::AcqRel);
+        }
+    }
+
+    /// Is it seen at `version`?
+    pub fn live_at(&self, version: u64) -> bool {
+        self.born.load(Ordering::Acquire) <= version && version < self.died.load(Ordering::Acquire)
+    }
+
+    /// Has it ended for every search that starts now?
+    pub fn ended(&self) -> bool {
+        self.died.load(Ordering::Acquire) != NEVER
+    }
+}
+
+enum Store {
+    Head { index: Mutable, points: boxcar::Vec<(u32, u32)>, readings: boxcar::Vec<Arc<Reading>> },
+    Flat { index: Flat, reading: Arc<Reading> },
+    Sealed { segment: Segment, readings: Vec<Arc<Reading>> },
+}
+
+/// See the module.
+pub struct Part {
+    store: Store,
+    /// Rows whose reading has ended.
+    ended: Arc<AtomicU64>,
+    /// Which readings lie in the scope that was last asked for.
+    scope: Mutex<Option<ScopeBits>>,
+}
+
+#[derive(Clone)]
+struct ScopeBits {
+    scope: FileId,
+    epoch: u64,
+    inside: Arc<Vec<bool>>,
+    /// Rows of the readings inside.
+    rows: u64,
+}
+
+impl Part {
+    fn new(store: Store) -> Arc<Part> {
+        let part = Part { store, ended: Arc::default(), scope: Mutex::new(None) };
+        for reading in part.readings() {
+            reading.count_in(&part.ended);
+        }
+        Arc::new(part)
+    }
+
+    /// An empty head.
+    pub fn head(index: Mutable) -> Arc<Part> {
+        Part::new(Store::Head { index, points: boxcar::Vec::new(), readings: boxcar::Vec::new() })
+    }
+
+    /// One file's rows, found by exact scan until a segment is built of them.
+    pub fn flat(index: Flat, reading: Arc<Reading>) -> Arc<Part> {
+        Part::new(Store::Flat { index, reading })
+    }
+
+    /// A segment; `readings` in the order of its files.
+    pub fn sealed(segment: Segment, readings: Vec<Arc<Reading>>) -> Arc<Part> {
+        Part::new(Store::Sealed { segment, readings })
+    }
+
+    /// The searchable index.
+    pub fn index(&self) -> &dyn Index {
+        match &self.store {
+            Store::Head { index, .. } => index,
+            Store::Flat { index, .. } => index,
+            Store::Sealed { segment, .. } => &segment.index,
+        }
+    }
+
+    /// The head's own index.
+    pub fn as_head(&self) -> Option<&Mutable> {
+        match &self.store {
+            Store::Head { index, .. } => Some(index),
+            _ => None,
+        }
+    }
+
+    /// The segment, if it is one.
+    pub fn as_segment(&self) -> Option<&Segment> {
+        match &self.store {
+            Store::Sealed { segment, .. } => Some(segment),
+            _ => None,
+        }
+    }
+
+    /// Appends a reading's rows to a head; `None` if this is no head. One caller at a time.
+    pub fn append(&self, reading: &Arc<Reading>, rows: &[u8]) -> Option<std::ops::Range<u32>> {
+        let Store::Head { index, points, readings } = &self.store else { return None };
+        let number = readings.push(Arc::clone(reading)) as u32;
+        reading.count_in(&self.ended);
+        let first = points.count() as u32;
+        for (row, bytes) in rows.chunks_exact(index.space().row_bytes()).enumerate() {
+            // The table first: a slot that a search finds has its entry.
+            points.push((number, row as u32));
+            index.push(bytes);
+        }
+        Some(first..points.count() as u32)
+    }
+
+    /// Reading (by number in this part) and row of a slot.
+    fn point(&self, slot: Slot) -> Option<(u32, u32)> {
+        match &self.store {
+            Store::Head { points, .. } => points.get(slot.0 as usize).copied(),
+            Store::Flat { .. } => Some((0, slot.0)),
+            Store::Sealed { segment, .. } => segment.point(slot.0 as usize),
+        }
+    }
+
+    fn reading(&self, number: u32) -> Option<&Arc<Reading>> {
+        match &self.store {
+            Store::Head { readings, .. } => readings.get(number as usize),
+            Store::Flat { reading, .. } => (number == 0).then_some(reading),
+            Store::Sealed { readings, .. } => readings.get(number as usize),
+        }
+    }
+
+    /// The reading and row that a slot holds.
+    pub fn resolve(&self, slot: Slot) -> Option<(&Arc<Reading>, u32)> {
+        let (number, row) = self.point(slot)?;
+        Some((self.reading(number)?, row))
+    }
+
+    /// The slot of a row of a reading, if the part holds it.
+    pub fn find(&self, wanted: &Arc<Reading>, row: u32) -> Option<Slot> {
+        let holds = |slot: &Slot| {
+            self.resolve(*slot).is_some_and(|(reading, at)| at == row && Arc::ptr_eq(reading, wanted))
+        };
+        (0..self.index().len() as u32).map(Slot).find(holds)
+    }
+
+    /// Every reading of the part.
+    pub fn readings(&self) -> Vec<Arc<Reading>> {
+        match &self.store {
+            Store::Head { readings, .. } => readings.iter().map(|(_, r)| Arc::clone(r)).collect(),
+            Store::Flat { reading, .. } => vec![Arc::clone(reading)],
+            Store::Sealed { readings, .. } => readings.clone(),
+        }
+    }
+
+    /// Slots of the part whose reading has not ended: slot, reading, row.
+    pub fn live(&self) -> Vec<(Slot, Arc<Reading>, u32)> {
+        (0..self.index().len() as u32)
+            .filter_map(|slot| {
+                let (reading, row) = self.resolve(Slot(slot))?;
+                (!reading.ended()).then(|| (Slot(slot), Arc::clone(reading), row))
+            })
+            .collect()
+    }
+
+    /// Points whose reading has not ended.
+    pub fn live_points(&self) -> u64 {
+        self.readings().iter().filter(|reading| !reading.ended()).map(|r| u64::from(r.rows)).sum()
+    }
+
+    /// Points given in but not linked into a graph yet.
+    pub fn pending(&self) -> u64 {
+        match &self.store {
+            Store::Head { index, .. } => index.pending() as u64,
+            Store::Flat { reading, .. } if !reading.ended() => u64::from(reading.rows),
+            Store::Flat { .. } | Store::Sealed { .. } => 0,
+        }
+    }
+
+    /// Rows whose reading has ended.
+    pub fn ended_points(&self) -> u64 {
+        self.ended.load(Ordering::Acquire)
+    }
+
+    fn inside(&self, tree: &RwLock<Tree>, scope: FileId) -> ScopeBits {
+        let tree = tree.read();
+        let epoch = tree.epoch();
+        if let Some(known) = &*self.scope.lock()
+            && known.scope == scope
+            && known.epoch == epoch
+        {
+            return known.clone();
+        }
+        let mut rows = 0;
+        let inside = self
+            .readings()
+            .iter()
+            .map(|reading| {
+                let inside = !reading.ended() && tree.in_scope(reading.file, scope);
+                rows += if inside { u64::from(reading.rows) } else { 0 };
+                inside
+            })
+            .collect();
+        let bits = ScopeBits { scope, epoch, inside: Arc::new(inside), rows };
+        *self.scope.lock() = Some(bits.clone());
+        bits
+    }
+
+    /// The filter of a search; `None` if (but for the few that are being written now) every point passes.
+    pub fn filter<'a>(&'a self, view: &'a View<'a>) -> Option<PartFilter<'a>> {
+        let ended = self.ended_points();
+        if ended == 0 && view.scope.is_none() && view.rejected.is_empty() {
+            return None;
+        }
+        Some(self.forced_filter(view))
+    }
+
+    /// As [`Part::filter`], where a search without it met a row that must not be returned.
+    pub fn forced_filter<'a>(&'a self, view: &'a View<'a>) -> PartFilter<'a> {
+        let all = self.index().len() as u64;
+        let (inside, passing) = match view.scope {
+            Some(scope) => {
+                let bits = self.inside(view.tree, scope);
+                (Some(bits.inside), bits.rows)
+            }
+            None => (None, all.saturating_sub(self.ended_points())),
+        };
+        let selectivity = if all == 0 { 0.0 } else { (passing as f32 / all as f32).min(1.0) };
+        PartFilter { part: self, view, inside, selectivity }
+    }
+}
+
+/// What a search may see.
+pub struct View<'a> {
+    /// The volume's version when the search began.
+    pub version: u64,
+    /// Names.
+    pub tree: &'a RwLock<Tree>,
+    /// Only files below; `None` where the whole collection is asked.
+    pub scope: Option<FileId>,
+    /// The point that was asked by; it is no answer.
+    pub exclude: Option<(FileId, u32)>,
+    /// Files that turned out not to be what the index holds, or not the caller's to see.
+    pub rejected: &'a [FileId],
+}
+
+impl View<'_> {
+    /// May this row be returned, its scope aside?
+    pub fn allows(&self, reading: &Reading, row: u32) -> bool {
+        reading.live_at(self.version)
+            && self.exclude != Some((reading.file, row))
+            && !self.rejected.contains(&reading.file)
+    }
+}
+
+/// See [`Part::filter`].
+pub struct PartFilter<'a> {
+    part: &'a Part,
+    view: &'a View<'a>,
+    inside: Option<Arc<Vec<bool>>>,
+    selectivity: f32,
+}
+
+impl Filter for PartFilter<'_> {
+    fn allows(&self, slot: Slot) -> bool {
+        let Some((number, row)) = self.part.point(slot) else { return false };
+        if let Some(bits) = &self.inside
+            && bits.get(number as usize) == Some(&false)
+        {
+            return false;
+        }
+        let Some(reading) = self.part.reading(number) else { return false };
+        self.view.allows(reading, row)
+            && self.inside.as_ref().is_none_or(|bits| {
+                // A reading newer than the bits is asked for by itself.
+                bits.get(number as usize).copied().unwrap_or_else(|| {
+                    let tree = self.view.tree.read();
+                    self.view.scope.is_none_or(|scope| tree.in_scope(reading.file, scope))
+                })
+            })
+    }
+
+    fn selectivity(&self) -> Option<f32> {
+        Some(self.selectivity)
+    }
+}

@@ -1,0 +1,289 @@
+//! Files' vectors in: which collection they belong to, and one step from the old reading to the new.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use vexfs_index::{Element, Flat, Space, VectorError};
+
+use crate::catalog::{CollectionRow, Content, Fingerprint};
+use crate::collection::{BULK_ROWS, Collection};
+use crate::error::PutError;
+use crate::id::{CollectionId, FileId, Generation};
+use crate::part::{Part, Reading};
+use crate::schema::Config;
+use crate::volume::{Inner, SyncMode, Volume, Writer};
+
+/// Where a file's vectors go: from [`Volume::prepare`], for [`Volume::put`].
+pub struct Target {
+    collection: Arc<Collection>,
+    /// What rows must be encoded for.
+    pub space: Space,
+}
+
+impl Volume {
+    /// The collection that the file's vectors belong to; made, completed or inferred anew if need be.
+    pub fn prepare(&self, file: FileId, dimension: usize, element: Element) -> Result<Target, PutError> {
+        let inner = &*self.inner;
+        let dir = inner.tree.read().file(file).and_then(|row| row.links.first().map(|link| link.parent));
+        let dir = dir.unwrap_or(FileId::ROOT);
+        let mut writer = inner.writer.lock();
+        let collection = match inner.nearest(dir) {
+            Some(collection) => collection,
+            None => inner.new_collection(&mut writer, dir, false, Config::default()),
+        };
+        let collection = match collection.schema.load_full() {
+            None => {
+                inner.complete(&mut writer, &collection, dimension, element)?;
+                collection
+            }
+            Some(schema) if schema.space.dim() == dimension => collection,
+            Some(schema) => {
+                // What was inferred from vectors that are all gone (or are this file's) binds nobody.
+                let inferred = collection.row.lock().config.dimension.is_none();
+                let own = inner.readings.lock().get(&file).map_or(0, |reading| u64::from(reading.rows));
+                if !inferred || collection.live_points() > own {
+                    let error = VectorError::WrongDimension { got: dimension, want: schema.space.dim() };
+                    return Err(PutError::Vector { row: 0, error });
+                }
+                let row = collection.row.lock().clone();
+                let anew = inner.new_collection(&mut writer, row.dir, row.declared, row.config);
+                inner.complete(&mut writer, &anew, dimension, element)?;
+                anew
+            }
+        };
+        match collection.schema.load_full() {
+            Some(schema) => Ok(Target { space: schema.space, collection }),
+            None => Err(PutError::TooLarge("the collection has no schema".to_owned())),
+        }
+    }
+
+    /// Replaces a file's vectors by `rows` (encoded for the target's space). A search sees the old ones until
+    /// this returns, the new ones afterwards. False if the file is gone meanwhile or a newer reading was faster.
+    pub fn put(&self, file: FileId, fingerprint: Fingerprint, target: &Target, rows: Vec<u8>) -> Result<bool, PutError> {
+        let inner = &*self.inner;
+        let collection = &target.collection;
+        let count = rows.len() / target.space.row_bytes();
+        let count_u32 = u32::try_from(count)
+            .map_err(|_| PutError::TooLarge(format!("{count} rows are more than a file may bring")))?;
+        let generation = {
+            let mut writer = inner.writer.lock();
+            writer.meta.next_generation += 1;
+            Generation(writer.meta.next_generation)
+        };
+        let reading = Reading::unborn(file, generation, count_u32);
+        if count >= BULK_ROWS {
+            let index = Flat::new(target.space, vexfs_index::region_from(rows));
+            let part = Part::flat(index, Arc::clone(&reading));
+            let _writer = inner.writer.lock();
+            let mut parts = Vec::clone(&collection.parts.load());
+            parts.push(part);
+            inner.exchange_parts(collection, parts);
+        } else {
+            let link = inner.sync_mode() == SyncMode::Immediate;
+            inner.with_scratch(|scratch| collection.append(&reading, &rows, link, scratch));
+        }
+
+        let mut writer = inner.writer.lock();
+        let content = Content::Indexed { collection: collection.id, generation, rows: count_u32 };
+        let published = inner.publish(&mut writer, file, fingerprint, content, Some(&reading));
+        drop(writer);
+        inner.wake();
+        Ok(published)
+    }
+
+    /// The file has no vectors: it is empty.
+    pub fn put_empty(&self, file: FileId, fingerprint: Fingerprint) {
+        let mut writer = self.inner.writer.lock();
+        self.inner.publish(&mut writer, file, fingerprint, Content::Empty, None);
+    }
+
+    /// The file can't be indexed, for `reason`; searches see none of its former vectors either.
+    pub fn refuse(&self, file: FileId, fingerprint: Fingerprint, errno: i32, reason: String) {
+        let mut writer = self.inner.writer.lock();
+        let content = Content::Refused { errno, reason };
+        self.inner.publish(&mut writer, file, fingerprint, content, None);
+    }
+
+    /// The next reading of the file finds it changed, whatever its times say.
+    pub fn forget_fingerprint(&self, file: FileId) {
+        let mut writer = self.inner.writer.lock();
+        if let Some(row) = self.inner.tree.write().file_mut(file) {
+            row.fingerprint = Fingerprint::default();
+            self.inner.changed(&mut writer);
+        }
+    }
+
+    /// Notes a new change time of a file whose name changed and whose bytes did not. False if it isn't indexed, or
+    /// its size or modification time moved too.
+    pub fn touch(&self, file: FileId, fingerprint: Fingerprint) -> bool {
+        let mut writer = self.inner.writer.lock();
+        let mut tree = self.inner.tree.write();
+        let Some(row) = tree.file_mut(file) else { return false };
+        let known = &mut row.fingerprint;
+        let same = (known.size, known.mtime) == (fingerprint.size, fingerprint.mtime);
+        if !same || !matches!(row.content, Content::Indexed { .. }) {
+            return false;
+        }
+        *known = fingerprint;
+        self.inner.changed(&mut writer);
+        true
+    }
+
+    /// What is known of a file.
+    pub fn content(&self, file: FileId) -> Option<(Fingerprint, Content)> {
+        self.inner.tree.read().file(file).map(|row| (row.fingerprint, row.content.clone()))
+    }
+
+    /// A vector that the volume holds, in full precision as stored (normalised under cosine).
+    pub fn vector(&self, file: FileId, row: u32) -> Option<Vec<f32>> {
+        let id = match self.content(file)?.1 {
+            Content::Indexed { collection, .. } => collection,
+            _ => return None,
+        };
+        let collection = self.inner.collections.read().get(&id).cloned()?;
+        let (version, parts) = self.inner.snapshot(std::slice::from_ref(&collection));
+        let wanted = self.inner.readings.lock().get(&file).cloned()?;
+        for part in parts.iter().flat_map(|parts| parts.iter()) {
+            let slot = part.find(&wanted, row);
+            if let Some(slot) = slot.filter(|_| wanted.live_at(version)) {
+                let mut vector = Vec::new();
+                part.index().space().decode(part.index().row(slot), &mut vector);
+                return Some(vector);
+            }
+        }
+        None
+    }
+
+    /// Declares a collection at `dir` by a `.vexfs.toml`, or takes the declaration back. Returns the files whose
+    /// vectors must be read again because they belong to another collection now; until then they are found in
+    /// the one that they were in.
+    pub fn configure(&self, dir: FileId, config: Option<Config>) -> Vec<FileId> {
+        let inner = &*self.inner;
+        let mut writer = inner.writer.lock();
+        let current = inner.roots.read().get(&dir).copied();
+        let current = current.and_then(|id| inner.collections.read().get(&id).cloned());
+        match (current, config) {
+            (None, None) => return Vec::new(),
+            (Some(collection), Some(config)) => {
+                let row = collection.row.lock().clone();
+                if row.declared && row.config == config {
+                    return Vec::new();
+                }
+                inner.new_collection(&mut writer, dir, true, config);
+            }
+            (None, Some(config)) => drop(inner.new_collection(&mut writer, dir, true, config)),
+            (Some(collection), None) => {
+                if !collection.row.lock().declared {
+                    return Vec::new();
+                }
+                inner.roots.write().remove(&dir);
+                inner.changed(&mut writer);
+            }
+        }
+        drop(writer);
+        self.misplaced(dir)
+    }
+
+    /// Files below `dir` whose vectors are in another collection than their nearest, or were refused and might
+    /// fit now.
+    pub fn misplaced(&self, dir: FileId) -> Vec<FileId> {
+        let tree = self.inner.tree.read();
+        let roots = self.inner.roots.read();
+        tree.files()
+            .filter(|(file, _)| tree.in_scope(*file, dir))
+            .filter(|(_, row)| {
+                let Some(link) = row.links.first() else { return false };
+                let nearest = tree.ancestors(link.parent).iter().find_map(|dir| roots.get(dir).copied());
+                match row.content {
+                    Content::Indexed { collection, .. } => nearest != Some(collection),
+                    Content::Refused { .. } | Content::Unread => true,
+                    Content::Empty => false,
+                }
+            })
+            .map(|(file, _)| file)
+            .collect()
+    }
+
+    /// The collection that a directory's files belong to.
+    pub fn nearest_collection(&self, dir: FileId) -> Option<CollectionId> {
+        self.inner.nearest(dir).map(|collection| collection.id)
+    }
+
+    /// The dimension that a directory's files must have, where that is settled.
+    pub fn dimension(&self, dir: FileId) -> Option<usize> {
+        let schema = self.inner.nearest(dir)?.schema.load_full()?;
+        Some(schema.space.dim())
+    }
+}
+
+impl Inner {
+    /// The collection of the nearest ancestor that has one.
+    pub(crate) fn nearest(&self, dir: FileId) -> Option<Arc<Collection>> {
+        let chain = self.tree.read().ancestors(dir);
+        let roots = self.roots.read();
+        let id = chain.iter().find_map(|dir| roots.get(dir))?;
+        self.collections.read().get(id).cloned()
+    }
+
+    /// A new collection rooted at `dir`, in place of the one that was. The old one is searched as long as it
+    /// has points.
+    fn new_collection(&self, writer: &mut Writer, dir: FileId, declared: bool, config: Config) -> Arc<Collection> {
+        writer.meta.next_collection += 1;
+        let id = CollectionId(writer.meta.next_collection);
+        let row = CollectionRow { dir, declared, config, shape: None };
+        let collection = Collection::new(id, row, None);
+        self.collections.write().insert(id, Arc::clone(&collection));
+        self.roots.write().insert(dir, id);
+        writer.dirty_collections.insert(id);
+        self.changed(writer);
+        collection
+    }
+
+    fn complete(&self, writer: &mut Writer, collection: &Collection, dimension: usize, element: Element) -> Result<(), PutError> {
+        let schema = collection.row.lock().config.complete(dimension, element)?;
+        if schema.space.dim() != dimension {
+            let error = VectorError::WrongDimension { got: dimension, want: schema.space.dim() };
+            return Err(PutError::Vector { row: 0, error });
+        }
+        collection.row.lock().shape =
+            Some((dimension as u32, schema.space.element().to_string()));
+        collection.complete(schema);
+        writer.dirty_collections.insert(collection.id);
+        self.changed(writer);
+        Ok(())
+    }
+
+    /// From one reading of a file to the next, in one version. Under the writer's lock. False (and `reading`
+    /// never lives) if the file is gone or has a newer reading.
+    fn publish(&self, writer: &mut Writer, file: FileId, fingerprint: Fingerprint, content: Content, reading: Option<&Arc<Reading>>) -> bool {
+        let mut readings = self.readings.lock();
+        let mut tree = self.tree.write();
+        let overtaken = match (readings.get(&file), reading) {
+            (Some(current), Some(new)) => current.generation > new.generation,
+            _ => false,
+        };
+        let row = if overtaken { None } else { tree.file_mut(file) };
+        let Some(row) = row else {
+            if let Some(reading) = reading {
+                reading.end(0);
+            }
+            return false;
+        };
+        row.fingerprint = fingerprint;
+        row.content = content;
+        let next = self.version.load(Ordering::Acquire) + 1;
+        let old = match reading {
+            Some(new) => {
+                new.bear(next);
+                readings.insert(file, Arc::clone(new))
+            }
+            None => readings.remove(&file),
+        };
+        if let Some(old) = old {
+            old.end(next);
+        }
+        self.version.store(next, Ordering::Release);
+        self.changed(writer);
+        true
+    }
+}

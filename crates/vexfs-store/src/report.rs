@@ -1,0 +1,196 @@
+//! What the volume tells of itself.
+
+use std::sync::atomic::Ordering;
+
+use serde::Serialize;
+
+use crate::catalog::Content;
+use crate::error::SearchError;
+use crate::id::FileId;
+use crate::part::Part;
+use crate::volume::{SyncMode, Volume};
+
+/// State of a volume, or of a directory of it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// The volume's identity.
+    pub uuid: String,
+    /// How new points are linked.
+    pub sync: SyncMode,
+    /// The first scan of the source is over.
+    pub scanned: bool,
+    /// Vector files in the scope.
+    pub files: FileCounts,
+    /// Collections that have files in the scope or around it.
+    pub collections: Vec<CollectionReport>,
+    /// Points of these collections that are not in a graph yet.
+    pub pending: u64,
+    /// Files that are kept but not indexed, with the reason; at most [`MAX_ERRORS`].
+    pub errors: Vec<FileError>,
+    /// The last thing that went wrong behind; null if nothing has.
+    pub last_error: Option<String>,
+}
+
+/// Vector files by what came of them.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct FileCounts {
+    /// Their vectors are found.
+    pub indexed: u64,
+    /// They hold no vector.
+    pub empty: u64,
+    /// Seen, not read yet.
+    pub unread: u64,
+    /// Kept, not indexed; see `errors`.
+    pub refused: u64,
+}
+
+/// A collection.
+#[derive(Clone, Debug, Serialize)]
+pub struct CollectionReport {
+    /// Its root, relative to the volume's; empty for the volume's root itself.
+    pub directory: String,
+    /// By a `.vexfs.toml`; otherwise inferred.
+    pub declared: bool,
+    /// Null until the first vector.
+    pub dimension: Option<usize>,
+    /// `cosine`, `l2`, `ip`.
+    pub metric: Option<String>,
+    /// `f32`, `f16`, `i8`, `u8`.
+    pub element: Option<String>,
+    /// `sq8`, `none`.
+    pub quantization: Option<String>,
+    /// Vectors that searches can find.
+    pub points: u64,
+    /// Of these, found by exact scan until they are linked.
+    pub pending: u64,
+    /// Vectors that are dead and still take space.
+    pub dead: u64,
+    /// Sealed segments.
+    pub segments: u64,
+    /// Bytes of the segments on disk.
+    pub segment_bytes: u64,
+}
+
+/// A file that isn't indexed.
+#[derive(Clone, Debug, Serialize)]
+pub struct FileError {
+    /// Relative to the directory asked in.
+    pub path: String,
+    /// Errno that `close(2)` answers under `--strict`.
+    pub errno: i32,
+    /// Why.
+    pub error: String,
+}
+
+/// Errors that a report lists.
+pub const MAX_ERRORS: usize = 1_000;
+
+impl Volume {
+    /// The state of `scope` and below.
+    pub fn report(&self, scope: FileId) -> Report {
+        let inner = &*self.inner;
+        let scanned = inner.writer.lock().meta.scanned;
+        let tree = inner.tree.read();
+        let mut files = FileCounts::default();
+        let mut errors = Vec::new();
+        for (file, row) in tree.files() {
+            if scope != FileId::ROOT && !tree.in_scope(file, scope) {
+                continue;
+            }
+            match &row.content {
+                Content::Indexed { .. } => files.indexed += 1,
+                Content::Empty => files.empty += 1,
+                Content::Unread => files.unread += 1,
+                Content::Refused { errno, reason } => {
+                    files.refused += 1;
+                    if errors.len() < MAX_ERRORS {
+                        let path = tree.paths(file, scope).into_iter().next().unwrap_or_default();
+                        errors.push(FileError {
+                            path: String::from_utf8_lossy(&path).into_owned(),
+                            errno: *errno,
+                            error: reason.clone(),
+                        });
+                    }
+                }
+            }
+        }
+        errors.sort_by(|a, b| a.path.cmp(&b.path));
+        let mut collections = Vec::new();
+        for collection in inner.collections.read().values() {
+            let row = collection.row.lock().clone();
+            if !tree.dir_in_scope(row.dir, scope) && !tree.dir_in_scope(scope, row.dir) {
+                continue;
+            }
+            let schema = collection.schema.load_full();
+            let parts = collection.parts.load();
+            let sum = |count: fn(&Part) -> u64| parts.iter().map(|part| count(part)).sum::<u64>();
+            let directory = tree.dir_path(row.dir, FileId::ROOT).unwrap_or_default();
+            collections.push(CollectionReport {
+                directory: String::from_utf8_lossy(&directory).into_owned(),
+                declared: row.declared,
+                dimension: schema.as_ref().map(|s| s.space.dim()),
+                metric: schema.as_ref().map(|s| s.space.metric().to_string()),
+                element: schema.as_ref().map(|s| s.space.element().to_string()),
+                quantization: schema.as_ref().map(|s| s.params.quantization.to_string()),
+                points: sum(Part::live_points),
+                pending: sum(Part::pending),
+                dead: sum(Part::ended_points),
+                segments: sum(|part| u64::from(part.as_segment().is_some())),
+                segment_bytes: sum(|part| part.as_segment().map_or(0, |s| s.bytes)),
+            });
+        }
+        let pending = collections.iter().map(|collection| collection.pending).sum();
+        Report {
+            uuid: inner.uuid.clone(),
+            sync: inner.sync_mode(),
+            scanned,
+            files,
+            collections,
+            pending,
+            errors,
+            last_error: inner.last_error.lock().clone(),
+        }
+    }
+
+    /// Is the first scan of the source over? The error tells how far it is.
+    pub fn ready(&self) -> Result<(), SearchError> {
+        if self.inner.writer.lock().meta.scanned {
+            return Ok(());
+        }
+        Err(SearchError::Scanning { done: self.inner.scanned_files.load(Ordering::Relaxed) })
+    }
+
+    /// Counts a file of the first scan.
+    pub fn scan_progress(&self) {
+        self.inner.scanned_files.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The source has been walked as a whole.
+    pub fn scan_finished(&self) {
+        let mut writer = self.inner.writer.lock();
+        if !writer.meta.scanned {
+            writer.meta.scanned = true;
+            self.inner.changed(&mut writer);
+        }
+    }
+
+    /// Every file that is known, with its paths relative to the root: for a walk to find those that are gone.
+    pub fn known_files(&self) -> Vec<FileId> {
+        self.inner.tree.read().files().map(|(file, _)| file).collect()
+    }
+
+    /// The file's links.
+    pub fn links(&self, file: FileId) -> Vec<crate::catalog::Link> {
+        self.inner.tree.read().file(file).map(|row| row.links.clone()).unwrap_or_default()
+    }
+
+    /// A file's paths relative to `scope`.
+    pub fn paths(&self, file: FileId, scope: FileId) -> Vec<Vec<u8>> {
+        self.inner.tree.read().paths(file, scope)
+    }
+
+    /// A directory's path relative to the root.
+    pub fn dir_path(&self, dir: FileId) -> Option<Vec<u8>> {
+        self.inner.tree.read().dir_path(dir, FileId::ROOT)
+    }
+}

@@ -1,0 +1,196 @@
+//! Names: which file is called what, and below which directory it lies.
+//!
+//! Only vector files and their ancestors are here. A path is found by walking up, so the rename of a directory is
+//! one row, whatever lies below.
+
+use std::collections::{BTreeSet, HashMap};
+
+use crate::catalog::{Content, FileRow, Fingerprint, Link};
+use crate::id::FileId;
+
+/// Deeper than any path that Linux can name; a walk up that is longer has met a loop.
+const MAX_DEPTH: usize = 4096;
+
+/// The rows of files and directories, in memory, and which of them the catalog has not got yet.
+#[derive(Default)]
+pub struct Tree {
+    files: HashMap<FileId, FileRow>,
+    dirs: HashMap<FileId, Link>,
+    /// Changes of names since open, so that a cached scope can be told stale.
+    epoch: u64,
+    pub(crate) dirty_files: BTreeSet<FileId>,
+    pub(crate) dirty_dirs: BTreeSet<FileId>,
+}
+
+impl Tree {
+    /// From the catalog's rows.
+    pub fn new(files: Vec<(FileId, FileRow)>, dirs: Vec<(FileId, Link)>) -> Tree {
+        Tree {
+            files: files.into_iter().collect(),
+            dirs: dirs.into_iter().collect(),
+            ..Tree::default()
+        }
+    }
+
+    /// A file's row.
+    pub fn file(&self, file: FileId) -> Option<&FileRow> {
+        self.files.get(&file)
+    }
+
+    /// A file's row to change; it will be written.
+    pub fn file_mut(&mut self, file: FileId) -> Option<&mut FileRow> {
+        let row = self.files.get_mut(&file)?;
+        self.dirty_files.insert(file);
+        Some(row)
+    }
+
+    /// All files.
+    pub fn files(&self) -> impl Iterator<Item = (FileId, &FileRow)> {
+        self.files.iter().map(|(id, row)| (*id, row))
+    }
+
+    /// Directory rows.
+    pub fn dir(&self, dir: FileId) -> Option<&Link> {
+        self.dirs.get(&dir)
+    }
+
+    /// Names' version; unequal means that a scope computed before may be wrong now.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// Is the directory known (the root always is)?
+    pub fn knows_dir(&self, dir: FileId) -> bool {
+        dir == FileId::ROOT || self.dirs.contains_key(&dir)
+    }
+
+    /// Sets where a directory is; true if that is news.
+    pub fn set_dir(&mut self, dir: FileId, link: Link) -> bool {
+        if dir == FileId::ROOT || self.dirs.get(&dir) == Some(&link) {
+            return false;
+        }
+        self.dirs.insert(dir, link);
+        self.dirty_dirs.insert(dir);
+        self.epoch += 1;
+        true
+    }
+
+    /// Forgets a directory that is gone.
+    pub fn remove_dir(&mut self, dir: FileId) {
+        if self.dirs.remove(&dir).is_some() {
+            self.dirty_dirs.insert(dir);
+            self.epoch += 1;
+        }
+    }
+
+    /// Adds a name of a file, whose row is made if it isn't known yet. True if the name is news.
+    pub fn add_link(&mut self, file: FileId, link: Link) -> bool {
+        let row = self.files.entry(file).or_insert_with(|| FileRow {
+            links: Vec::new(),
+            fingerprint: Fingerprint::default(),
+            content: Content::Unread,
+        });
+        if row.links.contains(&link) {
+            return false;
+        }
+        if !row.links.is_empty() {
+            self.epoch += 1;
+        }
+        row.links.push(link);
+        self.dirty_files.insert(file);
+        true
+    }
+
+    /// Removes a name; true if it was the last one known, the row then stays for the caller to take away.
+    pub fn remove_link(&mut self, file: FileId, link: &Link) -> bool {
+        let Some(row) = self.files.get_mut(&file) else { return false };
+        let before = row.links.len();
+        row.links.retain(|known| known != link);
+        if row.links.len() == before {
+            return false;
+        }
+        let last = row.links.is_empty();
+        self.epoch += 1;
+        self.dirty_files.insert(file);
+        last
+    }
+
+    /// Takes a file's row away.
+    pub fn remove_file(&mut self, file: FileId) -> Option<FileRow> {
+        let row = self.files.remove(&file)?;
+        self.dirty_files.insert(file);
+        self.epoch += 1;
+        Some(row)
+    }
+
+    /// The chain of directories from `dir` up to the root, `dir` first; empty if it doesn't reach the root.
+    pub fn ancestors(&self, dir: FileId) -> Vec<FileId> {
+        let mut chain = vec![dir];
+        let mut at = dir;
+        while at != FileId::ROOT {
+            match self.dirs.get(&at) {
+                Some(link) if chain.len() < MAX_DEPTH => at = link.parent,
+                _ => return Vec::new(),
+            }
+            chain.push(at);
+        }
+        chain
+    }
+
+    /// Is `dir` the directory `scope` or below it?
+    pub fn dir_in_scope(&self, dir: FileId, scope: FileId) -> bool {
+        let mut at = dir;
+        for _ in 0..MAX_DEPTH {
+            if at == scope {
+                return true;
+            }
+            if at == FileId::ROOT {
+                return false;
+            }
+            match self.dirs.get(&at) {
+                Some(link) => at = link.parent,
+                None => return false,
+            }
+        }
+        false
+    }
+
+    /// Has the file a name below `scope`?
+    pub fn in_scope(&self, file: FileId, scope: FileId) -> bool {
+        self.files.get(&file).is_some_and(|row| {
+            row.links.iter().any(|link| self.dir_in_scope(link.parent, scope))
+        })
+    }
+
+    /// A directory's path relative to `scope`; `None` if it isn't below.
+    pub fn dir_path(&self, dir: FileId, scope: FileId) -> Option<Vec<u8>> {
+        let mut names: Vec<&[u8]> = Vec::new();
+        let mut at = dir;
+        while at != scope {
+            if at == FileId::ROOT || names.len() >= MAX_DEPTH {
+                return None;
+            }
+            let link = self.dirs.get(&at)?;
+            names.push(&link.name);
+            at = link.parent;
+        }
+        names.reverse();
+        Some(names.join(&b'/'))
+    }
+
+    /// Every path of a file relative to `scope`, as far as it has one there.
+    pub fn paths(&self, file: FileId, scope: FileId) -> Vec<Vec<u8>> {
+        let Some(row) = self.files.get(&file) else { return Vec::new() };
+        row.links
+            .iter()
+            .filter_map(|link| {
+                let mut path = self.dir_path(link.parent, scope)?;
+                if !path.is_empty() {
+                    path.push(b'/');
+                }
+                path.extend_from_slice(&link.name);
+                Some(path)
+            })
+            .collect()
+    }
+}
