@@ -1,0 +1,233 @@
+//! `vexfs bench index`: builds an index in process and measures it against a given truth.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Instant;
+
+use clap::Args;
+use serde_json::json;
+use vexfs_fs::formats::{Format, Source};
+use vexfs_fs::index::{Effort, Index, Metric, Params, Quantization, Request, Scratch, Sealed, Space, build, region_from};
+
+/// Arguments of `vexfs bench index`.
+#[derive(Args)]
+pub struct IndexArgs {
+    /// What is searched in: a row a vector.
+    #[arg(long)]
+    base: PathBuf,
+    /// What is searched for.
+    #[arg(long)]
+    queries: PathBuf,
+    /// int32: for each query the rows of its nearest neighbours, nearest first; at least k columns.
+    #[arg(long)]
+    truth: PathBuf,
+    /// l2, ip or cosine.
+    #[arg(long)]
+    metric: Metric,
+    /// Neighbours that recall is measured over.
+    #[arg(short, default_value_t = 10)]
+    k: usize,
+    /// Links of a node in the upper layers.
+    #[arg(long, default_value_t = 16)]
+    m: usize,
+    /// Candidates kept while a node is linked.
+    #[arg(long, default_value_t = 200)]
+    ef_construction: usize,
+    /// none or sq8; rows of 8-bit integers are walked as they are.
+    #[arg(long, default_value = "sq8")]
+    quantization: Quantization,
+    /// Candidates kept in a walk, one measurement each.
+    #[arg(long, value_delimiter = ',', default_value = "10,16,24,32,48,64,96,128,192,256,384,512")]
+    ef: Vec<usize>,
+    /// Threads of the build, and of the batch that the second rate is measured with.
+    #[arg(long)]
+    threads: Option<usize>,
+    /// As JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+struct Rows {
+    bytes: Vec<u8>,
+    space: Space,
+}
+
+fn read(path: &Path) -> Result<Source, String> {
+    let at = |what: &dyn std::fmt::Display| format!("{}: {what}", path.display());
+    let format = path.file_name().and_then(Format::of).ok_or_else(|| at(&"neither .vec nor .npy"))?;
+    let file = File::open(path).map_err(|error| at(&error))?;
+    Source::open(format, &file).map_err(|refusal| at(&refusal.reason))?.ok_or_else(|| at(&"holds no vector"))
+}
+
+fn read_base(path: &Path, metric: Metric) -> Result<Rows, String> {
+    let source = read(path)?;
+    let shape = source.shape();
+    let space = Space::new(shape.dimension, metric, shape.element).map_err(|error| error.to_string())?;
+    let bytes = source.encode(&space).map_err(|refusal| format!("{}: {}", path.display(), refusal.reason))?;
+    Ok(Rows { bytes, space })
+}
+
+fn read_truth(path: &Path, k: usize) -> Result<Vec<Vec<i32>>, String> {
+    let at = |what: &dyn std::fmt::Display| format!("{}: {what}", path.display());
+    let file = File::open(path).map_err(|error| at(&error))?;
+    let npy = npyz::NpyFile::new(std::io::BufReader::new(file)).map_err(|error| at(&error))?;
+    let columns = match *npy.shape() {
+        [_, columns] if columns as usize >= k => columns as usize,
+        _ => return Err(at(&format!("a table of at least {k} columns is wanted, it is {:?}", npy.shape()))),
+    };
+    let all: Vec<i32> = npy.into_vec().map_err(|error| at(&error))?;
+    Ok(all.chunks_exact(columns).map(|row| row[..k].to_vec()).collect())
+}
+
+/// One thread asks one query after another; latencies in microseconds, and what was found.
+struct Single {
+    latencies: Vec<f64>,
+    right: usize,
+    distances: u64,
+    seconds: f64,
+}
+
+fn single(index: &Sealed, order: &[u32], queries: &[Vec<f32>], truth: &[Vec<i32>], request: &Request<'_>) -> Result<Single, String> {
+    let (mut scratch, mut out) = (Scratch::default(), Vec::new());
+    let mut result = Single { latencies: Vec::new(), right: 0, distances: 0, seconds: 0.0 };
+    // Warm: what a server's thread has in its cache.
+    for query in queries.iter().take(50) {
+        index.search(query, request, &mut scratch, &mut out).map_err(|error| error.to_string())?;
+    }
+    for (query, truth) in queries.iter().zip(truth) {
+        let began = Instant::now();
+        let stats = index.search(query, request, &mut scratch, &mut out).map_err(|error| error.to_string())?;
+        let took = began.elapsed().as_secs_f64();
+        result.seconds += took;
+        result.latencies.push(took * 1e6);
+        result.distances += stats.distances;
+        result.right += out.iter().filter(|hit| truth.contains(&(order[hit.slot.0 as usize] as i32))).count();
+    }
+    result.latencies.sort_by(f64::total_cmp);
+    Ok(result)
+}
+
+/// Queries a second of a batch on several threads.
+fn batch(index: &Sealed, queries: &[Vec<f32>], request: &Request<'_>, threads: usize) -> f64 {
+    let next = AtomicUsize::new(0);
+    let began = Instant::now();
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                let (mut scratch, mut out) = (Scratch::default(), Vec::new());
+                while let Some(query) = queries.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    // Without limits a search can't fail; were it otherwise, `single` has said so already.
+                    if index.search(query, request, &mut scratch, &mut out).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    queries.len() as f64 / began.elapsed().as_secs_f64()
+}
+
+fn peak_rss() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+/// Measures and prints.
+pub fn index(args: &IndexArgs) -> Result<(), String> {
+    let threads = args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from)).max(1);
+    let Rows { bytes, space } = read_base(&args.base, args.metric)?;
+    let points = bytes.len() / space.row_bytes();
+    let truth = read_truth(&args.truth, args.k)?;
+    let source = read(&args.queries)?;
+    if source.shape().dimension != space.dim() {
+        return Err(format!("queries of {} dimensions, base of {}", source.shape().dimension, space.dim()));
+    }
+    let queries = source.rows().map_err(|refusal| refusal.reason)?;
+    if queries.len() != truth.len() {
+        return Err(format!("{} queries, truth for {}", queries.len(), truth.len()));
+    }
+    if let Some(id) = truth.iter().flatten().find(|id| usize::try_from(**id).map_or(true, |id| id >= points)) {
+        return Err(format!("the truth names row {id}; the base has {points}"));
+    }
+
+    let params = Params {
+        m: args.m,
+        ef_construction: args.ef_construction,
+        quantization: args.quantization,
+        ..Params::default()
+    };
+    let began = Instant::now();
+    let sections = build(&space, &bytes, &params, threads, &AtomicBool::new(false)).ok_or("the build was stopped")?;
+    let build_seconds = began.elapsed().as_secs_f64();
+    drop(bytes);
+    let order = sections.order;
+    let index = Sealed::open(space, region_from(sections.vectors), region_from(sections.codes), region_from(sections.graph))
+        .map_err(|error| error.to_string())?;
+    let memory = index.memory();
+
+    let mut rows = Vec::new();
+    for ef in &args.ef {
+        let request = Request { effort: Effort::Ef(*ef), ..Request::nearest(args.k) };
+        let one = single(&index, &order, &queries, &truth, &request)?;
+        let at = |share: f64| one.latencies[((one.latencies.len() - 1) as f64 * share) as usize];
+        let n = queries.len() as f64;
+        rows.push(json!({
+            "ef": ef,
+            "recall": one.right as f64 / (n * args.k as f64),
+            "qps": n / one.seconds,
+            "qps_batch": batch(&index, &queries, &request, threads),
+            "p50_us": at(0.5),
+            "p99_us": at(0.99),
+            "distances": one.distances as f64 / n,
+        }));
+    }
+    let report = json!({
+        "points": points,
+        "dimension": space.dim(),
+        "metric": space.metric().to_string(),
+        "element": space.element().to_string(),
+        "quantization": args.quantization.to_string(),
+        "kernels": space.kernels(),
+        "k": args.k,
+        "m": args.m,
+        "ef_construction": args.ef_construction,
+        "threads": threads,
+        "build_seconds": build_seconds,
+        "bytes_per_vector_index": memory.index as f64 / points as f64,
+        "bytes_per_vector_full": (memory.index + memory.vectors) as f64 / points as f64,
+        "peak_rss_bytes": peak_rss(),
+        "results": rows,
+    });
+    if args.json {
+        println!("{report}");
+        return Ok(());
+    }
+    println!(
+        "{points} x {} {} {}, {} ({}): built in {build_seconds:.2} s on {threads} threads; {:.0} bytes a vector in the index, {:.0} in all; peak RSS {} MiB",
+        space.dim(),
+        space.element(),
+        space.metric(),
+        args.quantization,
+        space.kernels(),
+        memory.index as f64 / points as f64,
+        (memory.index + memory.vectors) as f64 / points as f64,
+        peak_rss().unwrap_or(0) >> 20
+    );
+    println!("{:>6} {:>9} {:>10} {:>10} {:>9} {:>9} {:>10}", "ef", "recall", "qps", "qps batch", "p50 us", "p99 us", "distances");
+    let figure = |row: &serde_json::Value, key: &str| row[key].as_f64().unwrap_or(f64::NAN);
+    for row in &rows {
+        println!(
+            "{:>6} {:>9.4} {:>10.0} {:>10.0} {:>9.1} {:>9.1} {:>10.0}",
+            row["ef"].as_u64().unwrap_or(0),
+            figure(row, "recall"),
+            figure(row, "qps"),
+            figure(row, "qps_batch"),
+            figure(row, "p50_us"),
+            figure(row, "p99_us"),
+            figure(row, "distances")
+        );
+    }
+    Ok(())
+}
