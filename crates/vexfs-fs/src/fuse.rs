@@ -2,7 +2,7 @@
 //! [`Views`]; what they answer becomes a reply.
 
 use std::collections::HashMap;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -24,7 +24,7 @@ use crate::access::Caller;
 use crate::files::{Entry, Files, Handle, SetAttr, SetTime};
 use crate::listing::Listing;
 use crate::nodes::VIRTUAL_BASE;
-use crate::views::{Kind as VirtualKind, Views, VirtualAttr};
+use crate::views::{Kind as VirtualKind, Listed, Views, VirtualAttr};
 use crate::walk::RESERVED;
 
 /// How long the kernel may use a name or attributes without asking: the source may change beneath us.
@@ -34,7 +34,7 @@ const NOW: Duration = Duration::ZERO;
 
 enum Dir {
     Real(Mutex<Listing>),
-    Virtual(Mutex<Vec<(VirtualKind, OsString)>>),
+    Virtual(Mutex<Vec<Listed>>),
 }
 
 struct OpenFile {
@@ -570,16 +570,17 @@ impl Filesystem for Fuse {
 
     fn readdirplus(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         handle: FileHandle,
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
         if ino.0 >= VIRTUAL_BASE {
-            // Their listing tells no attributes: the kernel falls back to readdir for good only on ENOSYS, so the
-            // snapshot is given here too.
-            return self.list_virtual_plus(ino.0, handle, offset, reply);
+            return match guarded("readdirplus", || self.list_virtual_plus(caller(request), ino.0, handle, offset, &mut reply)) {
+                Ok(()) => reply.ok(),
+                Err(error) => reply.error(error),
+            };
         }
         let result = guarded("readdirplus", || {
             self.real_dir(
@@ -740,6 +741,18 @@ impl Filesystem for Fuse {
 }
 
 impl Fuse {
+    /// The snapshot of an open virtual directory; reading from the start asks anew, as after rewinddir(3).
+    fn snapshot(&self, caller: Caller, ino: u64, handle: FileHandle, offset: u64) -> Result<Vec<Listed>, Sys> {
+        let dir = self.dir(handle)?;
+        let Dir::Virtual(snapshot) = &*dir else { return Err(Sys::NOTDIR) };
+        if offset == 0 {
+            let fresh = self.views.list(caller, ino)?;
+            *snapshot.lock() = fresh;
+        }
+        let listed = snapshot.lock().clone();
+        Ok(listed)
+    }
+
     fn list_virtual(
         &self,
         caller: Caller,
@@ -748,40 +761,65 @@ impl Fuse {
         offset: u64,
         reply: &mut ReplyDirectory,
     ) -> Result<(), Sys> {
-        let dir = self.dir(handle)?;
-        let Dir::Virtual(snapshot) = &*dir else { return Err(Sys::NOTDIR) };
-        if offset == 0 {
-            // rewinddir(3) asks anew.
-            *snapshot.lock() = self.views.list(caller, ino)?;
-        }
-        for (at, (kind, name)) in with_dots(&snapshot.lock()).into_iter().enumerate().skip(offset as usize) {
-            if reply.add(INodeNo(ino), at as u64 + 1, virtual_kind(kind), name) {
+        let listed = self.snapshot(caller, ino, handle, offset)?;
+        for at in offset..listed.len() as u64 + DOTS.len() as u64 {
+            let (kind, name) = match entry_at(&listed, at) {
+                At::Dot(name) => (VirtualKind::Dir, OsStr::new(name)),
+                At::Listed(entry) => (entry.kind(), entry.name.as_os_str()),
+            };
+            if reply.add(INodeNo(ino), at + 1, virtual_kind(kind), name) {
                 break;
             }
         }
         Ok(())
     }
 
-    fn list_virtual_plus(&self, ino: u64, handle: FileHandle, offset: u64, mut reply: ReplyDirectoryPlus) {
-        let dir = match self.dir(handle) {
-            Ok(dir) => dir,
-            Err(error) => return reply.error(errno(error)),
-        };
-        let Dir::Virtual(snapshot) = &*dir else { return reply.error(Errno::ENOTDIR) };
-        for (at, (kind, name)) in with_dots(&snapshot.lock()).into_iter().enumerate().skip(offset as usize) {
-            // Node 0: a name without a lookup.
-            let attr = virtual_attr(&VirtualAttr { id: ino, kind, mode: 0o555, size: 0 });
-            if reply.add(INodeNo(0), at as u64 + 1, name, &NOW, &attr, GENERATION) {
+    fn list_virtual_plus(
+        &self,
+        caller: Caller,
+        ino: u64,
+        handle: FileHandle,
+        offset: u64,
+        reply: &mut ReplyDirectoryPlus,
+    ) -> Result<(), Sys> {
+        let listed = self.snapshot(caller, ino, handle, offset)?;
+        for at in offset..listed.len() as u64 + DOTS.len() as u64 {
+            let full = match entry_at(&listed, at) {
+                At::Dot(name) => {
+                    let attr = virtual_attr(&self.views.getattr(ino)?);
+                    reply.add(INodeNo(ino), at + 1, name, &NOW, &attr, GENERATION)
+                }
+                At::Listed(entry) => {
+                    let node = self.views.enter_listed(entry);
+                    let attr = virtual_attr(&node);
+                    let full = reply.add(INodeNo(node.id), at + 1, &entry.name, &NOW, &attr, GENERATION);
+                    if full {
+                        // It didn't fit: the kernel never hears of this lookup.
+                        self.views.forget(node.id, 1);
+                    }
+                    full
+                }
+            };
+            if full {
                 break;
             }
         }
-        reply.ok();
+        Ok(())
     }
 }
 
-fn with_dots(snapshot: &[(VirtualKind, OsString)]) -> Vec<(VirtualKind, OsString)> {
-    let dots = [".", ".."].map(|name| (VirtualKind::Dir, OsString::from(name)));
-    dots.into_iter().chain(snapshot.iter().cloned()).collect()
+const DOTS: [&str; 2] = [".", ".."];
+
+enum At<'a> {
+    Dot(&'static str),
+    Listed(&'a Listed),
+}
+
+fn entry_at(listed: &[Listed], at: u64) -> At<'_> {
+    match DOTS.get(at as usize) {
+        Some(name) => At::Dot(name),
+        None => At::Listed(&listed[at as usize - DOTS.len()]),
+    }
 }
 
 /// Virtual nodes can't be changed.

@@ -124,6 +124,8 @@ fn raise_file_limit() {
 pub fn mount(options: &MountOptions) -> Result<Mounted, MountError> {
     let Checked { source, mountpoint, state } = check(options)?;
     raise_file_limit();
+    // Modes come from callers, their umask taken off by the kernel; ours must not come on top.
+    rustix::process::umask(Mode::empty());
     // Everything is opened before the mount: from then on no path is resolved that could lead into it.
     let root = open_dir(&source)?;
     if let Err(why) = rustix::fs::mkdirat(CWD, &state, Mode::RWXU)

@@ -64,6 +64,21 @@ enum What {
     Hit(OsString),
 }
 
+/// An entry of a virtual directory.
+#[derive(Clone, Debug)]
+pub struct Listed {
+    /// Its name.
+    pub name: OsString,
+    what: What,
+}
+
+impl Listed {
+    /// What it is.
+    pub fn kind(&self) -> Kind {
+        attr_of(0, &self.what).kind
+    }
+}
+
 struct Virtual {
     what: What,
     lookups: u64,
@@ -235,21 +250,27 @@ impl Views {
     }
 
     /// What a virtual directory lists, without `.` and `..`.
-    pub fn list(&self, caller: Caller, id: u64) -> Result<Vec<(Kind, OsString)>, Errno> {
-        let listed = |kind, names: &[&str]| names.iter().map(|name| (kind, OsString::from(*name))).collect::<Vec<_>>();
+    pub fn list(&self, caller: Caller, id: u64) -> Result<Vec<Listed>, Errno> {
+        let listed = |name: &str, what: What| Listed { name: OsString::from(name), what };
         match self.what(id)? {
-            What::Top(_) => {
-                let mut all = listed(Kind::File, &["query", "stats.json"]);
-                all.extend(listed(Kind::Dir, &["similar"]));
-                Ok(all)
-            }
+            What::Top(dir) => Ok(vec![
+                listed("query", What::Query(dir)),
+                listed("stats.json", What::Stats(dir)),
+                listed("similar", What::Similar(dir)),
+            ]),
             // Every vector file of the directory could be asked for; naming them all would be a listing of it.
             What::Similar(_) => Ok(Vec::new()),
             What::Ranked(dir, asked) => {
-                Ok(self.rank(caller, dir, &asked)?.into_iter().map(|(name, _)| (Kind::Link, name)).collect())
+                let ranked = self.rank(caller, dir, &asked)?.into_iter();
+                Ok(ranked.map(|(name, target)| Listed { name, what: What::Hit(target) }).collect())
             }
             What::Query(_) | What::Stats(_) | What::Hit(_) => Err(Errno::NOTDIR),
         }
+    }
+
+    /// Counts a lookup of what was listed.
+    pub fn enter_listed(&self, listed: &Listed) -> VirtualAttr {
+        self.enter(listed.what.clone())
     }
 
     /// A ranked link's target.
