@@ -11,10 +11,10 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
-    AccessFlags, BackingId, BsdFileFlags, Config, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType, Filesystem,
-    FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags, RenameFlags, ReplyAttr,
-    ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen,
-    ReplyStatfs, ReplyWrite, ReplyXattr, Request, Session, SessionACL, TimeOrNow, WriteFlags,
+    AccessFlags, BackingId, BsdFileFlags, Config, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType,
+    Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags,
+    RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry,
+    ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, Session, SessionACL, TimeOrNow, WriteFlags,
 };
 use parking_lot::{Mutex, RwLock};
 use rustix::fs::{FileType as Kind, Stat};
@@ -192,7 +192,11 @@ impl Fuse {
 
     /// The inode's backing file: the one that is in use, or a new one. The lock is held across the ioctl, because two
     /// backing files of one inode would make the second open fail.
-    fn back(&self, handle: &Handle, open: impl FnOnce(&Handle) -> std::io::Result<BackingId>) -> Option<Arc<BackingId>> {
+    fn back(
+        &self,
+        handle: &Handle,
+        open: impl FnOnce(&Handle) -> std::io::Result<BackingId>,
+    ) -> Option<Arc<BackingId>> {
         if handle.node.kind != Kind::RegularFile || !self.passthrough.load(Ordering::Acquire) {
             return None;
         }
@@ -394,9 +398,7 @@ impl Filesystem for Fuse {
         reply: ReplyEmpty,
     ) {
         let flags = rustix::fs::RenameFlags::from_bits_retain(flags.bits());
-        self.empty("rename", reply, || {
-            self.files.rename((real(parent)?, name), (real(newparent)?, newname), flags)
-        });
+        self.empty("rename", reply, || self.files.rename((real(parent)?, name), (real(newparent)?, newname), flags));
     }
 
     fn link(&self, _request: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
@@ -554,7 +556,9 @@ impl Filesystem for Fuse {
             let real = self.real_dir(
                 handle,
                 offset,
-                |reply: &mut ReplyDirectory, _, item| reply.add(INodeNo(item.inode), item.next, kind(item.kind), item.name),
+                |reply: &mut ReplyDirectory, _, item| {
+                    reply.add(INodeNo(item.inode), item.next, kind(item.kind), item.name)
+                },
                 &mut reply,
             )?;
             if !real {
@@ -577,7 +581,9 @@ impl Filesystem for Fuse {
         mut reply: ReplyDirectoryPlus,
     ) {
         if ino.0 >= VIRTUAL_BASE {
-            return match guarded("readdirplus", || self.list_virtual_plus(caller(request), ino.0, handle, offset, &mut reply)) {
+            return match guarded("readdirplus", || {
+                self.list_virtual_plus(caller(request), ino.0, handle, offset, &mut reply)
+            }) {
                 Ok(()) => reply.ok(),
                 Err(error) => reply.error(error),
             };

@@ -267,10 +267,8 @@ fn start(
         }
         result
     };
-    let server = std::thread::Builder::new()
-        .name("vexfs-serve".to_owned())
-        .spawn(serve)
-        .map_err(|why| error("thread", why))?;
+    let server =
+        std::thread::Builder::new().name("vexfs-serve".to_owned()).spawn(serve).map_err(|why| error("thread", why))?;
     match told.recv() {
         Ok(Ok(())) => Ok(server),
         Ok(Err(why)) if !privileged => {
@@ -335,7 +333,11 @@ pub fn unmount(mountpoint: &Path, device: Option<u64>, lazily: bool) -> io::Resu
         other => return Ok(other?),
     }
     let mut command = std::process::Command::new("fusermount3");
-    command.arg("-u").args(lazily.then_some("-z")).arg("--").arg(std::ffi::OsStr::from_bytes(mountpoint.as_os_str().as_bytes()));
+    command
+        .arg("-u")
+        .args(lazily.then_some("-z"))
+        .arg("--")
+        .arg(std::ffi::OsStr::from_bytes(mountpoint.as_os_str().as_bytes()));
     let output = command.output()?;
     match output.status.success() {
         true => Ok(()),

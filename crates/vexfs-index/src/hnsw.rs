@@ -196,7 +196,13 @@ pub(crate) trait Growing: Walk {
 }
 
 /// Links a node of the given level; `distance` is its distance to others.
-pub(crate) fn insert(graph: &impl Growing, node: u32, level: usize, distance: &impl Fn(u32) -> f32, scratch: &mut Scratch) {
+pub(crate) fn insert(
+    graph: &impl Growing,
+    node: u32,
+    level: usize,
+    distance: &impl Fn(u32) -> f32,
+    scratch: &mut Scratch,
+) {
     let raising = graph.entry().raising.lock().unwrap_or_else(PoisonError::into_inner);
     let Some((entry, top)) = graph.entry().get() else {
         graph.entry().set(node, level);

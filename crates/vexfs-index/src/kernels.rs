@@ -174,20 +174,15 @@ macro_rules! variant {
 }
 
 #[cfg(target_arch = "x86_64")]
-variant!(
-    avx512,
-    "avx512-vnni",
-    "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c",
-    super::vnni::dot_codes
-);
+variant!(avx512, "avx512-vnni", "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c", super::vnni::dot_codes);
 #[cfg(target_arch = "x86_64")]
 variant!(avx2, "avx2", "avx2,fma,f16c", dot_codes);
 
 #[cfg(target_arch = "x86_64")]
 mod vnni {
     use std::arch::x86_64::{
-        _mm256_loadu_si256, _mm512_add_epi32, _mm512_castsi256_si512, _mm512_dpbusd_epi32,
-        _mm512_loadu_si512, _mm512_reduce_add_epi32, _mm512_setzero_si512, _mm512_zextsi256_si512,
+        _mm256_loadu_si256, _mm512_add_epi32, _mm512_castsi256_si512, _mm512_dpbusd_epi32, _mm512_loadu_si512,
+        _mm512_reduce_add_epi32, _mm512_setzero_si512, _mm512_zextsi256_si512,
     };
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
@@ -245,9 +240,8 @@ fn available() -> Vec<&'static Kernels> {
     let mut all = Vec::new();
     #[cfg(target_arch = "x86_64")]
     {
-        let avx2 = is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("f16c");
+        let avx2 =
+            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
         if avx2
             && is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
@@ -409,9 +403,7 @@ impl Prepared {
             Element::F32 => Numbers::Row(floats()),
             Element::F16 => Numbers::Wide(floats()),
             Element::U8 if whole(0.0, 255.0) => Numbers::Row(query.iter().map(|v| *v as u8).collect()),
-            Element::I8 if whole(-128.0, 127.0) => {
-                Numbers::Row(query.iter().map(|v| *v as i8 as u8).collect())
-            }
+            Element::I8 if whole(-128.0, 127.0) => Numbers::Row(query.iter().map(|v| *v as i8 as u8).collect()),
             Element::U8 | Element::I8 => Numbers::Fraction(query.to_vec()),
         };
         Prepared { space: *space, numbers, length: length as f32, kernels }

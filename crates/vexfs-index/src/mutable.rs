@@ -8,9 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use crate::hnsw::{Entry, Growing, Links, Walk, descend, insert, level, walk_layer};
 use crate::kernels::{Prepared, between, prefetch};
 use crate::request::{Budget, Candidate, deliver, keep, scan};
-use crate::{
-    Effort, Index, Memory, Neighbor, Params, Request, Scratch, SearchError, Slot, Space, Stats,
-};
+use crate::{Effort, Index, Memory, Neighbor, Params, Request, Scratch, SearchError, Slot, Space, Stats};
 
 /// Below this many points an exact scan is as fast as a walk and never misses.
 const SCAN_BELOW: usize = 2_000;
@@ -168,8 +166,7 @@ impl Index for Mutable {
         let mut budget = Budget::new(request);
         let distance = |node: u32| self.distance(&query, node);
         let accept = |node: u32| request.allows(node) && self.nodes.get(node as usize).is_some();
-        let selective =
-            request.filter.and_then(|f| f.selectivity()).is_some_and(|share| share < SCAN_SELECTIVITY);
+        let selective = request.filter.and_then(|f| f.selectivity()).is_some_and(|share| share < SCAN_SELECTIVITY);
         let all = |budget: &mut Budget, scratch: &mut Scratch| {
             scratch.best.clear();
             let there = (0..self.len() as u32).filter(|node| self.nodes.get(*node as usize).is_some());

@@ -8,9 +8,7 @@ use crate::codes::{CodedQuery, Coder, prefetch_record};
 use crate::hnsw::{MAX_LAYER, Walk, descend, walk_layer};
 use crate::kernels::Prepared;
 use crate::request::{Budget, Candidate, deliver, keep, scan};
-use crate::{
-    Effort, Index, Memory, Neighbor, Region, Request, Scratch, SearchError, Slot, Space, Stats,
-};
+use crate::{Effort, Index, Memory, Neighbor, Region, Request, Scratch, SearchError, Slot, Space, Stats};
 
 /// A filter that passes less than this share is answered by an exact scan of what it passes.
 const SCAN_SELECTIVITY: f32 = 0.02;
@@ -204,8 +202,7 @@ impl Index for Sealed {
     ) -> Result<Stats, SearchError> {
         let prepared = Prepared::new(&self.space, query);
         let mut budget = Budget::new(request);
-        let selective =
-            request.filter.and_then(|f| f.selectivity()).is_some_and(|share| share < SCAN_SELECTIVITY);
+        let selective = request.filter.and_then(|f| f.selectivity()).is_some_and(|share| share < SCAN_SELECTIVITY);
         let ef = self.ef(request).filter(|_| !request.exact && !selective && !self.counts.is_empty());
         scratch.best.clear();
         let accept = |node: u32| request.allows(node);
@@ -260,7 +257,13 @@ impl Index for Sealed {
 
 impl Sealed {
     /// Ranks the walk's best by their full vectors.
-    fn rerank(&self, query: &Prepared, k: usize, scratch: &mut Scratch, budget: &mut Budget) -> Result<(), SearchError> {
+    fn rerank(
+        &self,
+        query: &Prepared,
+        k: usize,
+        scratch: &mut Scratch,
+        budget: &mut Budget,
+    ) -> Result<(), SearchError> {
         let Scratch { best, sorted, .. } = scratch;
         sorted.clear();
         sorted.extend(best.drain());

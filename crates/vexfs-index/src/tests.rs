@@ -36,8 +36,7 @@ fn clustered(random: &mut Random, centres: &[Vec<f32>], element: Element) -> Vec
 
 fn data(space: &Space, n: usize, seed: u64) -> (Vec<u8>, Vec<Vec<f32>>) {
     let mut random = Random(seed | 1);
-    let centres: Vec<Vec<f32>> =
-        (0..20).map(|_| (0..space.dim()).map(|_| random.normal()).collect()).collect();
+    let centres: Vec<Vec<f32>> = (0..20).map(|_| (0..space.dim()).map(|_| random.normal()).collect()).collect();
     let mut rows = Vec::new();
     for _ in 0..n {
         space.encode(&clustered(&mut random, &centres, space.element()), &mut rows).unwrap();

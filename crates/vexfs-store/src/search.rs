@@ -232,9 +232,7 @@ impl Inner {
             }
             Ok::<(), SearchError>(())
         })?;
-        found.sort_by(|a, b| {
-            a.distance.total_cmp(&b.distance).then(a.file.cmp(&b.file)).then(a.row.cmp(&b.row))
-        });
+        found.sort_by(|a, b| a.distance.total_cmp(&b.distance).then(a.file.cmp(&b.file)).then(a.row.cmp(&b.row)));
         found.truncate(want);
         Ok(found)
     }

@@ -8,7 +8,9 @@ use std::time::Instant;
 use clap::Args;
 use serde_json::json;
 use vexfs_fs::formats::{Format, Source};
-use vexfs_fs::index::{Effort, Index, Metric, Params, Quantization, Request, Scratch, Sealed, Space, build, region_from};
+use vexfs_fs::index::{
+    Effort, Index, Metric, Params, Quantization, Request, Scratch, Sealed, Space, build, region_from,
+};
 
 /// Arguments of `vexfs bench index`.
 #[derive(Args)]
@@ -88,7 +90,13 @@ struct Single {
     seconds: f64,
 }
 
-fn single(index: &Sealed, order: &[u32], queries: &[Vec<f32>], truth: &[Vec<i32>], request: &Request<'_>) -> Result<Single, String> {
+fn single(
+    index: &Sealed,
+    order: &[u32],
+    queries: &[Vec<f32>],
+    truth: &[Vec<i32>],
+    request: &Request<'_>,
+) -> Result<Single, String> {
     let (mut scratch, mut out) = (Scratch::default(), Vec::new());
     let mut result = Single { latencies: Vec::new(), right: 0, distances: 0, seconds: 0.0 };
     // Warm: what a server's thread has in its cache.
@@ -163,8 +171,9 @@ pub fn index(args: &IndexArgs) -> Result<(), String> {
     let build_seconds = began.elapsed().as_secs_f64();
     drop(bytes);
     let order = sections.order;
-    let index = Sealed::open(space, region_from(sections.vectors), region_from(sections.codes), region_from(sections.graph))
-        .map_err(|error| error.to_string())?;
+    let index =
+        Sealed::open(space, region_from(sections.vectors), region_from(sections.codes), region_from(sections.graph))
+            .map_err(|error| error.to_string())?;
     let memory = index.memory();
 
     let mut rows = Vec::new();
@@ -215,7 +224,10 @@ pub fn index(args: &IndexArgs) -> Result<(), String> {
         (memory.index + memory.vectors) as f64 / points as f64,
         peak_rss().unwrap_or(0) >> 20
     );
-    println!("{:>6} {:>9} {:>10} {:>10} {:>9} {:>9} {:>10}", "ef", "recall", "qps", "qps batch", "p50 us", "p99 us", "distances");
+    println!(
+        "{:>6} {:>9} {:>10} {:>10} {:>9} {:>9} {:>10}",
+        "ef", "recall", "qps", "qps batch", "p50 us", "p99 us", "distances"
+    );
     let figure = |row: &serde_json::Value, key: &str| row[key].as_f64().unwrap_or(f64::NAN);
     for row in &rows {
         println!(
