@@ -29,6 +29,7 @@ fn bytes_written_are_bytes_read_and_lie_in_the_source() {
 
     let mut log = File::options().append(true).open(v.path("big.bin")).unwrap();
     log.write_all(b"end").unwrap();
+    drop(log);
     assert_eq!(fs::metadata(v.path("big.bin")).unwrap().len(), 2_000_003);
     v.remount();
     assert!(fs::read(v.path("big.bin")).unwrap().ends_with(b"end"));

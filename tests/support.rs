@@ -156,7 +156,9 @@ impl Drop for Volume {
     fn drop(&mut self) {
         if self.is_mounted() {
             // Also after a failed test: files may still be open.
-            drop(rustix::mount::unmount(self.mnt(), rustix::mount::UnmountFlags::DETACH));
+            if let Err(error) = rustix::mount::unmount(self.mnt(), rustix::mount::UnmountFlags::DETACH) {
+                eprintln!("{} stays mounted: {error}", self.mnt().display());
+            }
         }
     }
 }

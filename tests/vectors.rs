@@ -110,7 +110,10 @@ fn a_directory_is_a_scope() {
         fs::create_dir(v.path(dir)).unwrap();
         v.write(&format!("{dir}/x.vec"), "1,1");
     }
-    assert_eq!(v.near("", &[1.0, 0.0], 9), ["top.vec", "a/b/x.vec", "a/x.vec", "c/x.vec"].map(String::from).to_vec());
+    let mut all = v.near("", &[1.0, 0.0], 9);
+    assert_eq!(all.remove(0), "top.vec");
+    all.sort();
+    assert_eq!(all, ["a/b/x.vec", "a/x.vec", "c/x.vec"]);
     assert_eq!(v.near("a", &[1.0, 0.0], 9).len(), 2);
     assert_eq!(v.near("a/b", &[1.0, 0.0], 9), ["x.vec"]);
     fs::create_dir(v.path("empty")).unwrap();
@@ -195,8 +198,9 @@ fn a_bulk_file_is_found_at_once_sealed_behind_and_served_after_a_remount() {
     while v.stats("")["collections"][0]["segments"] != 0 {
         std::thread::yield_now();
     }
-    let left = fs::read_dir(v.source().join(".vexfs/segments")).unwrap().count();
-    assert_eq!(left, 0);
+    while fs::read_dir(v.source().join(".vexfs/segments")).unwrap().count() > 0 {
+        std::thread::yield_now();
+    }
 }
 
 #[test]
@@ -245,11 +249,11 @@ fn a_directory_is_adopted_with_what_it_holds() {
     let Some(v) = Volume::unmounted(&[]) else { return };
     fs::create_dir_all(v.source().join("deep/er")).unwrap();
     for n in 1..200 {
-        fs::write(v.source().join(format!("deep/er/{n}.vec")), format!("{n},1")).unwrap();
+        fs::write(v.source().join(format!("deep/er/{n}.vec")), format!("{n},100")).unwrap();
     }
     v.mount();
-    assert_eq!(v.near("", &[200.0, 1.0], 1), ["deep/er/199.vec"], "a search waits for the first scan");
-    assert_eq!(v.near("", &[200.0, 1.0], 1_000).len(), 199);
+    assert_eq!(v.near("", &[200.0, 100.0], 1), ["deep/er/199.vec"], "a search waits for the first scan");
+    assert_eq!(v.near("", &[200.0, 100.0], 1_000).len(), 199);
 }
 
 #[test]

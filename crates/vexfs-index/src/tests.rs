@@ -82,7 +82,7 @@ fn default_effort_finds_what_is_near_in_every_space() {
             let mut scratch = Scratch::default();
             for row in rows.chunks_exact(space.row_bytes()) {
                 let slot = head.push(row);
-                if slot.0 % 7 != 0 {
+                if !slot.0.is_multiple_of(7) {
                     head.link(slot, &mut scratch);
                 }
             }
@@ -205,7 +205,7 @@ fn points_are_found_while_others_are_pushed_and_linked() {
                     if out[0].distance > 0.0 {
                         missed.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                     }
-                    if slot.0 % 3 != 0 {
+                    if !slot.0.is_multiple_of(3) {
                         head.link(slot, &mut scratch);
                     }
                 }

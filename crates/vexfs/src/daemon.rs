@@ -81,7 +81,7 @@ pub fn mount(args: MountArgs) -> Result<(), String> {
     }
     static ENDING: AtomicBool = AtomicBool::new(false);
     let handle = signals.handle();
-    let over = std::thread::scope(|scope| {
+    std::thread::scope(|scope| {
         scope.spawn(|| {
             for _ in &mut signals {
                 if !ENDING.swap(true, Ordering::AcqRel) {
@@ -94,7 +94,6 @@ pub fn mount(args: MountArgs) -> Result<(), String> {
         }
         handle.close();
     });
-    let () = over;
     mounted.wait().map_err(|error| error.to_string())
 }
 
