@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::support::{Random, Volume, is_root, npy, skip, text};
@@ -17,6 +18,10 @@ struct Promised {
 /// Writes, syncs, overwrites, renames and removes until the mount goes away under it.
 fn load(v: &Volume, round: u64, stop: &AtomicBool, promised: &mut Promised) {
     let mut random = Random(round * 7_919 + 1);
+    // By descriptor: once the mount is gone, its path leads to the bare directory below.
+    let root = File::open(v.mnt()).unwrap();
+    let base = std::path::PathBuf::from(format!("/proc/self/fd/{}", root.as_raw_fd()));
+    let path = |name: &str| base.join(name);
     for n in 0.. {
         if stop.load(Ordering::Acquire) {
             return;
@@ -25,7 +30,7 @@ fn load(v: &Volume, round: u64, stop: &AtomicBool, promised: &mut Promised) {
         let name = format!("r{round}-{n}.vec");
         let bytes = text(&vector).into_bytes();
         let written = (|| -> std::io::Result<()> {
-            let mut file = File::create(v.path(&name))?;
+            let mut file = File::create(path(&name))?;
             file.write_all(&bytes)?;
             if n % 3 == 0 {
                 file.sync_all()?;
@@ -37,7 +42,7 @@ fn load(v: &Volume, round: u64, stop: &AtomicBool, promised: &mut Promised) {
         let changed = match (n % 10, known) {
             (4, Some(old)) => {
                 let (vector, _) = promised.synced.remove(&old).unwrap();
-                let gone = fs::remove_file(v.path(&old));
+                let gone = fs::remove_file(path(&old));
                 if gone.is_ok() {
                     promised.removed.push((old, vector));
                 }
@@ -46,7 +51,7 @@ fn load(v: &Volume, round: u64, stop: &AtomicBool, promised: &mut Promised) {
             (7, Some(old)) => {
                 let kept = promised.synced.remove(&old).unwrap();
                 let new = format!("n{round}-{n}.vec");
-                let moved = fs::rename(v.path(&old), v.path(&new));
+                let moved = fs::rename(path(&old), path(&new));
                 if moved.is_ok() {
                     promised.synced.insert(new, kept);
                 }
@@ -90,7 +95,9 @@ fn twenty_kills_lose_nothing_synced_and_bring_nothing_removed_back() {
                 assert!(!v.near("", vector, 3).contains(name), "{mode} {round} {name}");
             }
             let row = random.below(rows.len());
-            assert_eq!(v.near("", &rows[row], 1), ["bulk.npy"], "{mode} {round} row {row}");
+            let answer = v.ask("", &serde_json::json!({ "vector": rows[row], "k": 1, "exact": true }));
+            assert_eq!(answer["hits"][0]["path"], "bulk.npy", "{mode} {round} row {row}");
+            assert_eq!(answer["hits"][0]["row"], row, "{mode} {round}");
             assert_eq!(v.stats("")["last_error"], serde_json::Value::Null);
         }
         assert!(promised.synced.len() > 10, "the load did something: {}", promised.synced.len());

@@ -179,7 +179,7 @@ fn a_bulk_file_is_found_at_once_sealed_behind_and_served_after_a_remount() {
     let rows: Vec<Vec<f32>> = (0..9_000).map(|_| random.vector(8)).collect();
     v.write("bulk.npy", npy(&rows));
     let find = |row: usize| {
-        let answer = v.ask("", &json!({ "vector": rows[row], "k": 1 }));
+        let answer = v.ask("", &json!({ "vector": rows[row], "k": 1, "exact": true }));
         assert_eq!(answer["hits"][0]["row"], row, "{answer}");
     };
     find(8_999);

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use vexfs_store::{FileId, Link};
 
 use crate::errors::Failure;
-use crate::ingest::{Ingest, is_interesting};
+use crate::ingest::{Ingest, When, is_interesting};
 use crate::nodes::Nodes;
 
 /// Why a file's bytes are looked at.
@@ -105,7 +105,7 @@ impl Events for IndexEvents {
         self.place(parent);
         // A file that was just made is read when it is closed; one that came from beneath us is read now.
         if self.ingest.linked(parent, name, file) && !created {
-            self.ingest.read_known(file);
+            self.ingest.read_known(file, When::Quiet);
         }
     }
 
@@ -114,7 +114,11 @@ impl Events for IndexEvents {
             log::debug!("inode {}: {}", file.0, failure.message);
             failure.errno
         };
-        self.ingest.read(file, fd).map_err(failed)?;
+        let when = match cause {
+            Cause::Flush | Cause::Fsync | Cause::Setattr => When::Now,
+            Cause::Release => When::Quiet,
+        };
+        self.ingest.read(file, fd, when).map_err(failed)?;
         match cause {
             Cause::Fsync => self.ingest.commit().map_err(failed),
             Cause::Flush | Cause::Release | Cause::Setattr => Ok(()),

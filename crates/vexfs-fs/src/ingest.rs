@@ -61,8 +61,8 @@ impl Ingest {
     }
 
     /// Reads a file if it changed since its last reading. Under `--strict` a file that isn't indexed is an error.
-    pub fn read(&self, file: FileId, fd: BorrowedFd<'_>) -> Result<(), Failure> {
-        let result = self.read_unless_known(file, &File::from(fd.try_clone_to_owned().map_err(from_io)?));
+    pub fn read(&self, file: FileId, fd: BorrowedFd<'_>, when: When) -> Result<(), Failure> {
+        let result = self.read_unless_known(file, &File::from(fd.try_clone_to_owned().map_err(from_io)?), when);
         match result {
             Ok(()) => Ok(()),
             Err(refusal) if self.strict => Err(Failure::new(refusal.errno, refusal.reason)),
@@ -71,11 +71,11 @@ impl Ingest {
     }
 
     /// As [`Ingest::read`], by one of the paths that the volume knows.
-    pub fn read_known(&self, file: FileId) {
+    pub fn read_known(&self, file: FileId, when: When) {
         for path in self.volume.paths(file, FileId::ROOT) {
             match self.source.open(&path, file) {
                 Ok(opened) => {
-                    if let Err(refusal) = self.read_unless_known(file, &opened) {
+                    if let Err(refusal) = self.read_unless_known(file, &opened, when) {
                         log::info!("{}: {}", String::from_utf8_lossy(&path), refusal.reason);
                     }
                     return;
@@ -94,7 +94,7 @@ impl Ingest {
         }
     }
 
-    fn read_unless_known(&self, file: FileId, opened: &File) -> Result<(), Refusal> {
+    fn read_unless_known(&self, file: FileId, opened: &File, when: When) -> Result<(), Refusal> {
         let _one = self.reading[file.0 as usize % STRIPES].lock();
         let Some(link) = self.volume.links(file).into_iter().next() else { return Ok(()) };
         for _ in 0..ATTEMPTS {
@@ -113,13 +113,14 @@ impl Ingest {
             }
             let result = match is_config(&link) {
                 true => self.read_config(link.parent, opened),
-                false => self.read_vectors(file, &link, opened, before),
+                false => self.read_vectors(file, &link, opened, before, when),
             };
             let after = fingerprint(&rustix::fs::fstat(opened).map_err(std::io::Error::from)?);
             let same = (before.size, before.mtime) == (after.size, after.mtime);
             match &result {
                 // Bytes that changed under the reader say nothing.
                 Err(_) if !same => continue,
+                Err(_) if when == When::Quiet && (self.being_written)(file) => return Ok(()),
                 Err(refusal) => {
                     self.volume.refuse(file, before, refusal.errno.raw_os_error(), refusal.reason.clone());
                 }
@@ -144,16 +145,29 @@ impl Ingest {
         }
     }
 
-    fn read_vectors(&self, file: FileId, link: &Link, opened: &File, before: Fingerprint) -> Result<(), Refusal> {
+    fn read_vectors(
+        &self,
+        file: FileId,
+        link: &Link,
+        opened: &File,
+        before: Fingerprint,
+        when: When,
+    ) -> Result<(), Refusal> {
         let Some(format) = Format::of(OsStr::from_bytes(&link.name)) else { return Ok(()) };
+        // A writer is counted before it truncates: if there is none now, what was read is what a close left.
+        let leave = || when == When::Quiet && (self.being_written)(file);
         let Some(vectors) = Vectors::open(format, opened)? else {
-            self.volume.put_empty(file, before);
+            if !leave() {
+                self.volume.put_empty(file, before);
+            }
             return Ok(());
         };
         let shape = vectors.shape();
         let target = self.volume.prepare(file, shape.dimension, shape.element)?;
         let rows = vectors.encode(&target.space)?;
-        self.volume.put(file, before, &target, rows)?;
+        if !leave() {
+            self.volume.put(file, before, &target, rows)?;
+        }
         Ok(())
     }
 
@@ -182,7 +196,7 @@ impl Ingest {
     /// Reads a file again whatever its fingerprint says, because its collection changed.
     fn reread(&self, file: FileId) {
         self.volume.forget_fingerprint(file);
-        self.read_known(file);
+        self.read_known(file, When::Now);
     }
 
     /// A name now leads to a file. True if its bytes are to be read.
@@ -228,7 +242,7 @@ impl Ingest {
         if format(from) != format(to) || self.misplaced(file, to) {
             self.reread(file);
         } else if !self.touch(file) {
-            self.read_known(file);
+            self.read_known(file, When::Now);
         }
     }
 
@@ -292,6 +306,15 @@ impl Ingest {
             Standing::Changed
         }
     }
+}
+
+/// Whether somebody who is just writing the file counts.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum When {
+    /// Its bytes as they are: somebody closed or synced them.
+    Now,
+    /// Not while somebody has it open for writing, whose close will read it.
+    Quiet,
 }
 
 /// What a look at a file says of the index's knowledge.

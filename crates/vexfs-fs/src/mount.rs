@@ -19,7 +19,7 @@ use crate::access::Access;
 use crate::events::IndexEvents;
 use crate::files::Files;
 use crate::fuse::{self, Fuse, Loops};
-use crate::ingest::Ingest;
+use crate::ingest::{Ingest, When};
 use crate::nodes::Nodes;
 use crate::source::Source;
 use crate::views::{MountFacts, Views};
@@ -149,7 +149,7 @@ pub fn mount(options: &MountOptions) -> Result<Mounted, MountError> {
     let being_written = Box::new(move |file| written.is_written(file));
     let ingest = Arc::new(Ingest::new(Arc::clone(&volume), Arc::clone(&files_root), options.strict, being_written));
     for file in recovery.unread {
-        ingest.read_known(file);
+        ingest.read_known(file, When::Quiet);
     }
 
     let facts = MountFacts {

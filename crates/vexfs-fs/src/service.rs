@@ -8,7 +8,7 @@ use vexfs_store::{Answer, Content, FileId, MAX_K, Query};
 
 use crate::access::{Access, Caller, Identity};
 use crate::errors::{Failure, name};
-use crate::ingest::{Ingest, Standing};
+use crate::ingest::{Ingest, Standing, When};
 use crate::wire::{ErrorLine, HitLine, Reply, Request};
 
 /// Hits where a request doesn't say how many.
@@ -105,7 +105,7 @@ impl Service<'_> {
         });
         // What changed beneath us is read again now; the answer already left it out.
         for file in stale {
-            self.ingest.read_known(file);
+            self.ingest.read_known(file, When::Quiet);
         }
         Ok(answer?)
     }

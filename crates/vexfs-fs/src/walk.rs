@@ -12,7 +12,7 @@ use rustix::fs::{AtFlags, Dir, FileType};
 use rustix::io::Errno;
 use vexfs_store::{FileId, Link};
 
-use crate::ingest::{CONFIG_NAME, Ingest, is_interesting};
+use crate::ingest::{CONFIG_NAME, Ingest, When, is_interesting};
 
 /// The name that every directory of the mount answers and none lists.
 pub const RESERVED: &str = ".vexfs";
@@ -102,7 +102,7 @@ fn visit(ingest: &Ingest, folder: &Folder, seen: &mut HashSet<FileId>) -> Result
     for (file, link) in files {
         seen.insert(file);
         ingest.linked(link.parent, OsStr::from_bytes(&link.name), file);
-        ingest.read_known(file);
+        ingest.read_known(file, When::Quiet);
         ingest.volume.scan_progress();
     }
     Ok(below)

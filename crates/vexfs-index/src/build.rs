@@ -18,6 +18,8 @@ const GRAPH_FROM: usize = 1_000;
 const HELD_OUT: usize = 200;
 /// Hits that recall is measured over.
 const CALIBRATED_K: usize = 10;
+/// Times that nodes which were cut off are looked for.
+const CONNECT_ROUNDS: usize = 8;
 /// Values of ef that are tried, smallest first.
 const EFS: [u32; 16] = [10, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096];
 
@@ -69,6 +71,7 @@ pub fn build(space: &Space, rows: &[u8], params: &Params, threads: usize, stop: 
     if stop.load(Ordering::Acquire) {
         return None;
     }
+    builder.connect();
     Some(builder.write(&levels, ef))
 }
 
@@ -231,6 +234,41 @@ impl Builder<'_> {
         hits.sort_unstable();
         hits.truncate(CALIBRATED_K);
         hits
+    }
+
+    /// Gives every node that a walk in layer 0 can't reach from the entry a link from one that it can: choosing
+    /// neighbours may have taken a node's last one away, and then no effort would find it.
+    fn connect(&self) {
+        let Some((entry, _)) = self.entry.get() else { return };
+        let mut links = Vec::new();
+        // Replacing a link may cut another node off, so look again; it ends where nothing is cut off any more.
+        for _ in 0..CONNECT_ROUNDS {
+            let mut met = vec![false; self.links.len()];
+            let mut degree = vec![0u32; self.links.len()];
+            let mut queue = vec![entry];
+            met[entry as usize] = true;
+            while let Some(node) = queue.pop() {
+                self.neighbours(node, 0, &mut links);
+                for other in &links {
+                    degree[*other as usize] += 1;
+                    if !std::mem::replace(&mut met[*other as usize], true) {
+                        queue.push(*other);
+                    }
+                }
+            }
+            let cut_off: Vec<u32> = (0..self.links.len() as u32).filter(|node| !met[*node as usize]).collect();
+            if cut_off.is_empty() {
+                return;
+            }
+            for node in cut_off {
+                self.neighbours(node, 0, &mut links);
+                let known = links.iter().copied().filter(|other| met[*other as usize]);
+                let nearest =
+                    known.min_by(|a, b| self.between(node, *a).total_cmp(&self.between(node, *b))).unwrap_or(entry);
+                self.links[nearest as usize].adopt(self.params.m, node, &mut degree);
+                met[node as usize] = true;
+            }
+        }
     }
 
     /// Nodes by level, highest first, and within a level as a walk from the entry meets them in layer 0: what is

@@ -157,6 +157,27 @@ impl Links {
         }
     }
 
+    /// Links to `node` in layer 0, in place of the neighbour that has the most other links to it if need be.
+    /// `degree` counts the links to each node.
+    pub fn adopt(&self, m: usize, node: u32, degree: &mut [u32]) {
+        let _writing = self.lock();
+        let [count, slots @ ..] = self.layer(m, 0) else { return };
+        let used = count.load(Ordering::Acquire) as usize;
+        let linked_to = |slot: &AtomicU32| degree[slot.load(Ordering::Relaxed) as usize];
+        let place = match slots.get(used) {
+            Some(free) => Some(free),
+            None => slots.iter().max_by_key(|slot| linked_to(slot)),
+        };
+        let Some(place) = place else { return };
+        if used < slots.len() {
+            count.store(used as u32 + 1, Ordering::Release);
+        } else {
+            degree[place.load(Ordering::Relaxed) as usize] -= 1;
+        }
+        place.store(node, Ordering::Relaxed);
+        degree[node as usize] += 1;
+    }
+
     /// Bytes kept.
     pub fn bytes(&self) -> usize {
         size_of::<Links>() + self.slots.len() * 4

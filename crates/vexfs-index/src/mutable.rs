@@ -11,7 +11,7 @@ use crate::request::{Budget, Candidate, deliver, keep, scan};
 use crate::{Effort, Index, Memory, Neighbor, Params, Request, Scratch, SearchError, Slot, Space, Stats};
 
 /// Below this many points an exact scan is as fast as a walk and never misses.
-const SCAN_BELOW: usize = 2_000;
+const SCAN_BELOW: usize = 5_000;
 /// A filter that passes less than this share is answered by an exact scan of what it passes.
 const SCAN_SELECTIVITY: f32 = 0.1;
 

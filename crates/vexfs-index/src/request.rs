@@ -18,7 +18,7 @@ pub enum Effort {
 impl Default for Effort {
     /// A margin over the 0.95 that users are promised.
     fn default() -> Effort {
-        Effort::Recall(0.98)
+        Effort::Recall(0.99)
     }
 }
 

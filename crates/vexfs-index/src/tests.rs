@@ -73,7 +73,7 @@ fn default_effort_finds_what_is_near_in_every_space() {
     for metric in [Metric::L2, Metric::InnerProduct, Metric::Cosine] {
         for element in [Element::F32, Element::F16, Element::I8, Element::U8] {
             let space = Space::new(24, metric, element).unwrap();
-            let (rows, queries) = data(&space, 4_000, 7);
+            let (rows, queries) = data(&space, 6_000, 7);
             let sealed = seal(space, &rows, &Params::default());
             let got = recall(&sealed, &rows, &queries, &Request::nearest(10));
             assert!(got >= 0.95, "sealed {metric} {element}: {got}");
@@ -146,6 +146,30 @@ fn a_filter_gives_k_hits_where_k_exist() {
                 assert!(right as f64 >= 0.95 * all as f64, "1 in {step}: {right} of {all}");
             }
         }
+    }
+}
+
+#[test]
+fn every_point_of_a_sealed_graph_can_be_reached() {
+    // Uniform data and few links: what leaves nodes without a link to them.
+    let space = Space::new(8, Metric::L2, Element::F32).unwrap();
+    let mut random = Random(77);
+    let mut rows = Vec::new();
+    let points: Vec<Vec<f32>> = (0..9_000).map(|_| (0..8).map(|_| random.normal()).collect()).collect();
+    points.iter().for_each(|point| space.encode(point, &mut rows).unwrap());
+    for m in [3, 16] {
+        let sealed = seal(space, &rows, &Params { m, ef_construction: 60, ..Params::default() });
+        let (mut scratch, mut out) = (Scratch::default(), Vec::new());
+        let all = Request { effort: Effort::Ef(9_000), ..Request::nearest(1) };
+        let usual = Request::nearest(1);
+        let mut missed = 0;
+        for (n, point) in points.iter().enumerate().step_by(7) {
+            sealed.search(point, &all, &mut scratch, &mut out).unwrap();
+            assert_eq!(out[0].distance, 0.0, "m {m}: row {n} can't be reached");
+            sealed.search(point, &usual, &mut scratch, &mut out).unwrap();
+            missed += usize::from(out[0].distance > 0.0);
+        }
+        eprintln!("m {m}: {missed} of {} missed with default effort", points.len().div_ceil(7));
     }
 }
 
