@@ -1,0 +1,19 @@
+//! `vexfs bench index` without the rest of the command: builds in seconds while the index is being tuned.
+
+use clap::Parser;
+
+#[path = "../../vexfs/src/bench.rs"]
+mod bench;
+
+#[derive(Parser)]
+struct Cli {
+    #[command(flatten)]
+    bench: bench::IndexBench,
+}
+
+fn main() {
+    if let Err(message) = bench::run(&Cli::parse().bench) {
+        eprintln!("{message}");
+        std::process::exit(1);
+    }
+}
