@@ -8,11 +8,11 @@ mod bench;
 #[derive(Parser)]
 struct Cli {
     #[command(flatten)]
-    bench: bench::IndexBench,
+    bench: bench::IndexArgs,
 }
 
 fn main() {
-    if let Err(message) = bench::run(&Cli::parse().bench) {
+    if let Err(message) = bench::index(&Cli::parse().bench) {
         eprintln!("{message}");
         std::process::exit(1);
     }

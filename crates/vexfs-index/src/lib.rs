@@ -49,7 +49,12 @@ pub struct Params {
 
 impl Default for Params {
     fn default() -> Params {
-        Params { m: 16, ef_construction: 200, quantization: Quantization::Sq8, seed: 0x5eed }
+        Params {
+            m: 16,
+            ef_construction: 200,
+            quantization: Quantization::Sq8,
+            seed: 0x5eed,
+        }
     }
 }
 
