@@ -33,6 +33,8 @@ pub struct Ingest {
     /// Where the files are.
     pub source: Arc<Source>,
     strict: bool,
+    /// Has somebody the file open for writing through the mount?
+    being_written: Box<dyn Fn(FileId) -> bool + Send + Sync>,
     reading: Vec<Mutex<()>>,
 }
 
@@ -46,10 +48,16 @@ fn is_config(link: &Link) -> bool {
 }
 
 impl Ingest {
-    /// `strict`: a file that can't be indexed makes close and fsync fail.
-    pub fn new(volume: Arc<Volume>, source: Arc<Source>, strict: bool) -> Ingest {
+    /// `strict`: a file that can't be indexed makes close and fsync fail. `being_written` tells whether somebody
+    /// has a file open for writing through the mount.
+    pub fn new(
+        volume: Arc<Volume>,
+        source: Arc<Source>,
+        strict: bool,
+        being_written: Box<dyn Fn(FileId) -> bool + Send + Sync>,
+    ) -> Ingest {
         let reading = (0..STRIPES).map(|_| Mutex::new(())).collect();
-        Ingest { volume, source, strict, reading }
+        Ingest { volume, source, strict, being_written, reading }
     }
 
     /// Reads a file if it changed since its last reading. Under `--strict` a file that isn't indexed is an error.
@@ -210,13 +218,35 @@ impl Ingest {
             self.configure(from.parent, None);
         }
         if is {
-            let format = |link: &Link| Format::of(OsStr::from_bytes(&link.name));
-            if format(from) != format(to) || self.misplaced(file, to) {
-                self.reread(file);
-            } else if !self.touch(file) {
-                self.read_known(file);
-            }
+            self.refresh(file, from, to);
         }
+    }
+
+    /// Reads a renamed file where its new name makes something else of it.
+    fn refresh(&self, file: FileId, from: &Link, to: &Link) {
+        let format = |link: &Link| Format::of(OsStr::from_bytes(&link.name));
+        if format(from) != format(to) || self.misplaced(file, to) {
+            self.reread(file);
+        } else if !self.touch(file) {
+            self.read_known(file);
+        }
+    }
+
+    /// Two files took each other's names.
+    pub fn exchanged(&self, one: (FileId, &Link), other: (FileId, &Link)) {
+        let vectors = |link: &Link| is_interesting(OsStr::from_bytes(&link.name)) && !is_config(link);
+        if vectors(one.1) && vectors(other.1) {
+            self.volume.exchange(one, other);
+            for (file, from, to) in [(one.0, one.1, other.1), (other.0, other.1, one.1)] {
+                self.refresh(file, from, to);
+            }
+            return;
+        }
+        // One of the names means nothing to the index, or settings: as two renames past each other.
+        let aside = Link { parent: one.1.parent, name: b".vexfs".to_vec() };
+        self.renamed(one.0, one.1, &aside, None);
+        self.renamed(other.0, other.1, one.1, None);
+        self.renamed(one.0, &aside, other.1, None);
     }
 
     /// After a rename only the change time of an indexed file is new. False if there is more to it.
@@ -248,12 +278,31 @@ impl Ingest {
         })
     }
 
-    /// Does the file's directory entry still say what the index was told, so that a hit may name it?
-    pub fn is_current(&self, file: FileId, path: &[u8], known: &Fingerprint) -> bool {
-        let Ok(stat) = self.source.stat(path) else { return false };
+    /// Is the file at `path` still what the index was told?
+    pub fn standing(&self, file: FileId, path: &[u8], known: &Fingerprint) -> Standing {
+        let Ok(stat) = self.source.stat(path) else { return Standing::Gone };
+        if self.source.id(&stat) != Some(file) {
+            return Standing::Gone;
+        }
         let now = fingerprint(&stat);
-        self.source.id(&stat) == Some(file) && (now.size, now.mtime) == (known.size, known.mtime)
+        // While somebody has it open for writing the old vectors stand: close brings the new ones.
+        if (now.size, now.mtime) == (known.size, known.mtime) || (self.being_written)(file) {
+            Standing::Current
+        } else {
+            Standing::Changed
+        }
     }
+}
+
+/// What a look at a file says of the index's knowledge.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// It holds what was indexed, or is being written.
+    Current,
+    /// It changed beneath us: read it again.
+    Changed,
+    /// It isn't there under this name.
+    Gone,
 }
 
 fn from_io(error: std::io::Error) -> Failure {

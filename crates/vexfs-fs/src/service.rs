@@ -6,9 +6,9 @@ use rustix::io::Errno;
 use vexfs_store::index::Effort;
 use vexfs_store::{Answer, Content, FileId, MAX_K, Query};
 
-use crate::access::{Access, Caller};
+use crate::access::{Access, Caller, Identity};
 use crate::errors::{Failure, name};
-use crate::ingest::Ingest;
+use crate::ingest::{Ingest, Standing};
 use crate::wire::{ErrorLine, HitLine, Reply, Request};
 
 /// Hits where a request doesn't say how many.
@@ -89,16 +89,18 @@ impl Service<'_> {
         };
         let mut stale = Vec::new();
         let scope_path = self.ingest.volume.dir_path(scope).unwrap_or_default();
-        let answer = self.access.as_caller(caller, |caller| {
-            self.ingest.volume.search(&query, &mut |file, path, known| {
-                let path = join(&scope_path, path);
-                if !self.ingest.is_current(file, &path, known) {
+        let identity = self.access.identify(caller)?;
+        let answer = self.ingest.volume.search(&query, &mut |file, path, known| {
+            let path = join(&scope_path, path);
+            match self.ingest.standing(file, &path, known) {
+                Standing::Current => self.access.may_read(&identity, &path),
+                Standing::Changed => {
                     stale.push(file);
-                    return false;
+                    false
                 }
-                caller.may_read(&path)
-            })
-        })?;
+                Standing::Gone => false,
+            }
+        });
         // What changed beneath us is read again now; the answer already left it out.
         for file in stale {
             self.ingest.read_known(file);
@@ -126,11 +128,13 @@ impl Service<'_> {
         if path.split(|byte| *byte == b'/').any(|part| part == b".." || part == crate::walk::RESERVED.as_bytes()) {
             return Err(absent(Errno::NOENT));
         }
-        let readable = self.access.as_caller(caller, |caller| caller.may_read(&path))?;
-        let stat = self.ingest.source.stat(&path).map_err(absent)?;
-        if !readable {
-            return Err(absent(Errno::ACCESS));
+        let identity = self.access.identify(caller)?;
+        if !self.access.may_read(&identity, &path) {
+            // A stranger isn't told whether it is there.
+            let there = identity == Identity::Own && self.ingest.source.stat(&path).is_ok();
+            return Err(absent(if there { Errno::ACCESS } else { Errno::NOENT }));
         }
+        let stat = self.ingest.source.stat(&path).map_err(absent)?;
         let file = self.ingest.source.id(&stat).ok_or_else(|| absent(Errno::NODATA))?;
         Ok((file, row))
     }

@@ -117,7 +117,8 @@ fn hit(candidate: &Candidate, path: Vec<u8>, metric: Metric) -> Hit {
             (distance, 1.0 / (1.0 + distance))
         }
         Metric::InnerProduct => (raw, -raw),
-        Metric::Cosine => (raw, 1.0 - raw),
+        // Rounding may step past what a cosine can be.
+        Metric::Cosine => (raw.clamp(0.0, 2.0), (1.0 - raw).clamp(-1.0, 1.0)),
     };
     Hit { file: candidate.file, row: candidate.row, path, distance, score }
 }

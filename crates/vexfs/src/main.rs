@@ -1,6 +1,8 @@
 //! The command: arguments, output, nothing else.
 
+mod bench;
 mod daemon;
+mod log;
 mod mounts;
 mod search;
 mod status;
@@ -42,7 +44,10 @@ struct BenchArgs {
 }
 
 #[derive(Subcommand)]
-enum BenchCommand {}
+enum BenchCommand {
+    /// An index, built in process: recall, rates, latencies, sizes.
+    Index(bench::IndexArgs),
+}
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
@@ -50,7 +55,7 @@ fn main() -> ExitCode {
         Command::Umount { mountpoint } => daemon::umount(&mountpoint),
         Command::Search(args) => search::run(&args),
         Command::Status(args) => status::run(&args),
-        Command::Bench(BenchArgs { what }) => match what {},
+        Command::Bench(BenchArgs { what: BenchCommand::Index(args) }) => bench::index(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

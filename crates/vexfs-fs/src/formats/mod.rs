@@ -149,6 +149,16 @@ impl Source {
         Ok(out)
     }
 
+    /// All rows as numbers.
+    pub fn rows(self) -> Result<Vec<Vec<f32>>, Refusal> {
+        let mut rows = Vec::new();
+        self.for_each(&mut |row| {
+            rows.push(row.to_vec());
+            Ok(())
+        })?;
+        Ok(rows)
+    }
+
     /// One row as numbers.
     pub fn row(self, wanted: usize) -> Result<Vec<f32>, Refusal> {
         let rows = self.shape().rows;

@@ -1,0 +1,121 @@
+//! Who asks, and what they may see. The kernel decides: a question is put to it with the caller's credentials on this
+//! thread, so modes, groups, ACLs and whatever the file system below adds count as they do for `open(2)`.
+
+use std::sync::Arc;
+
+use rustix::fs::{Access as Mode, AtFlags, accessat};
+use rustix::io::Errno;
+use rustix::process::{Gid, Uid, geteuid};
+use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
+
+use crate::errors::Failure;
+use crate::source::Source;
+
+/// The process behind a request, as FUSE tells it.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Caller {
+    /// File-system user id.
+    pub uid: u32,
+    /// File-system group id.
+    pub gid: u32,
+    /// Process (thread) id in the daemon's namespace; 0 where it isn't visible.
+    pub pid: u32,
+}
+
+/// A caller with the groups that FUSE doesn't tell.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Identity {
+    /// The daemon's own user: nothing to put on.
+    Own,
+    /// Somebody else.
+    Other {
+        /// User.
+        uid: Uid,
+        /// Group.
+        gid: Gid,
+        /// Supplementary groups.
+        groups: Vec<Gid>,
+    },
+}
+
+impl Caller {
+    /// Looks the supplementary groups up; EACCES where that can't be done, never fewer groups than there are.
+    pub fn identify(self) -> Result<Identity, Errno> {
+        let own = geteuid();
+        if self.uid == own.as_raw() {
+            return Ok(Identity::Own);
+        }
+        let groups = groups_of(self.pid).ok_or(Errno::ACCESS)?;
+        Ok(Identity::Other { uid: Uid::from_raw(self.uid), gid: Gid::from_raw(self.gid), groups })
+    }
+}
+
+/// Supplementary groups of a process.
+fn groups_of(pid: u32) -> Option<Vec<Gid>> {
+    if pid == 0 {
+        return None;
+    }
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("Groups:"))?;
+    line.split_whitespace().map(|group| group.parse().ok().map(Gid::from_raw)).collect()
+}
+
+impl Identity {
+    /// Does `work` with this identity on the calling thread only. The thread's own is put back before this
+    /// returns; if that failed the process would act for a stranger, so it ends instead.
+    pub fn act<T>(&self, work: impl FnOnce() -> T) -> Result<T, Errno> {
+        let Identity::Other { uid, gid, groups } = self else { return Ok(work()) };
+        let own = own_groups()?;
+        let _restore = Restore { groups: own };
+        set_thread_groups(groups)?;
+        set_thread_res_gid(None::<Gid>, *gid, None::<Gid>)?;
+        set_thread_res_uid(None::<Uid>, *uid, None::<Uid>)?;
+        Ok(work())
+    }
+}
+
+fn own_groups() -> Result<Vec<Gid>, Errno> {
+    rustix::process::getgroups()
+}
+
+struct Restore {
+    groups: Vec<Gid>,
+}
+
+impl Drop for Restore {
+    fn drop(&mut self) {
+        let (uid, gid) = (rustix::process::getuid(), rustix::process::getgid());
+        let restored = set_thread_res_uid(None::<Uid>, uid, None::<Uid>)
+            .and_then(|()| set_thread_res_gid(None::<Gid>, gid, None::<Gid>))
+            .and_then(|()| set_thread_groups(&self.groups));
+        if restored.is_err() {
+            log::error!("the daemon's credentials can't be put back; ending");
+            std::process::abort();
+        }
+    }
+}
+
+/// Asks the kernel about files of the source.
+pub struct Access {
+    source: Arc<Source>,
+}
+
+impl Access {
+    /// For files below the source's root.
+    pub fn new(source: Arc<Source>) -> Access {
+        Access { source }
+    }
+
+    /// Could `identity` open the file at `path` for reading now?
+    pub fn may_read(&self, identity: &Identity, path: &[u8]) -> bool {
+        let ask = || accessat(self.source.root(), path, Mode::READ_OK, AtFlags::EACCESS);
+        matches!(identity.act(ask), Ok(Ok(())))
+    }
+
+    /// The identity of a caller of the search.
+    pub fn identify(&self, caller: Caller) -> Result<Identity, Failure> {
+        caller
+            .identify()
+            .map_err(|errno| Failure::new(errno, format!("the groups of process {} can't be read", caller.pid)))
+    }
+}

@@ -1,0 +1,159 @@
+//! What the file system tells the index. Each call comes after the system call on the source succeeded and before
+//! the caller is answered.
+
+use std::ffi::OsStr;
+use std::os::fd::BorrowedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
+
+use rustix::io::Errno;
+use vexfs_store::{FileId, Link};
+
+use crate::errors::Failure;
+use crate::ingest::{Ingest, is_interesting};
+use crate::nodes::Nodes;
+
+/// Why a file's bytes are looked at.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// close(2).
+    Flush,
+    /// The last close, or the end of the last mapping.
+    Release,
+    /// fsync(2): what is read must be durable.
+    Fsync,
+    /// Truncated or re-dated by path.
+    Setattr,
+}
+
+/// A rename that has been done.
+pub struct Moved<'a> {
+    /// Where the file was.
+    pub from: (FileId, &'a OsStr),
+    /// Where it is.
+    pub to: (FileId, &'a OsStr),
+    /// The file or directory.
+    pub file: FileId,
+    /// Which of the two.
+    pub is_dir: bool,
+    /// What had the new name, and whether it is a directory.
+    pub other: Option<(FileId, bool)>,
+    /// It has the old name now; otherwise its name is gone.
+    pub exchange: bool,
+}
+
+/// See the module.
+pub trait Events: Send + Sync {
+    /// Does a regular file of this name hold vectors or configure a collection?
+    fn interested(&self, name: &OsStr) -> bool;
+    /// A file of an interesting name is here; `created` if it was just made or linked.
+    fn seen(&self, parent: FileId, name: &OsStr, file: FileId, created: bool);
+    /// An interesting file's bytes may have changed. The error is what close(2) or fsync(2) answers.
+    fn changed(&self, file: FileId, fd: BorrowedFd<'_>, cause: Cause) -> Result<(), Errno>;
+    /// A directory was synced.
+    fn synced_dir(&self) -> Result<(), Errno>;
+    /// An interesting name is gone.
+    fn unlinked(&self, parent: FileId, name: &OsStr, file: FileId);
+    /// A directory is gone.
+    fn removed_dir(&self, dir: FileId);
+    /// Something was renamed.
+    fn moved(&self, moved: &Moved<'_>);
+}
+
+/// The index's side.
+pub struct IndexEvents {
+    /// Reads files.
+    pub ingest: Arc<Ingest>,
+    /// Knows where directories are.
+    pub nodes: Arc<Nodes>,
+}
+
+impl IndexEvents {
+    /// The volume learns where a directory is when the first vector file below it appears.
+    fn place(&self, dir: FileId) {
+        let mut unknown: Vec<(FileId, Link)> = Vec::new();
+        let mut at = dir;
+        while !self.ingest.volume.knows_dir(at) {
+            let Some((parent, name)) = self.nodes.place(at) else { break };
+            unknown.push((at, link(parent, &name)));
+            at = parent;
+        }
+        for (dir, link) in unknown.into_iter().rev() {
+            self.ingest.volume.set_dir(dir, link);
+        }
+    }
+
+    fn dir_moved(&self, dir: FileId, from: FileId, to: (FileId, &OsStr)) {
+        if self.ingest.volume.knows_dir(dir) {
+            self.place(to.0);
+            self.ingest.volume.set_dir(dir, link(to.0, to.1));
+            self.ingest.dir_moved(dir, from, to.0);
+        }
+    }
+}
+
+fn link(parent: FileId, name: &OsStr) -> Link {
+    Link { parent, name: name.as_bytes().to_vec() }
+}
+
+impl Events for IndexEvents {
+    fn interested(&self, name: &OsStr) -> bool {
+        is_interesting(name)
+    }
+
+    fn seen(&self, parent: FileId, name: &OsStr, file: FileId, created: bool) {
+        self.place(parent);
+        // A file that was just made is read when it is closed; one that came from beneath us is read now.
+        if self.ingest.linked(parent, name, file) && !created {
+            self.ingest.read_known(file);
+        }
+    }
+
+    fn changed(&self, file: FileId, fd: BorrowedFd<'_>, cause: Cause) -> Result<(), Errno> {
+        let failed = |failure: Failure| {
+            log::debug!("inode {}: {}", file.0, failure.message);
+            failure.errno
+        };
+        self.ingest.read(file, fd).map_err(failed)?;
+        match cause {
+            Cause::Fsync => self.ingest.commit().map_err(failed),
+            Cause::Flush | Cause::Release | Cause::Setattr => Ok(()),
+        }
+    }
+
+    fn synced_dir(&self) -> Result<(), Errno> {
+        self.ingest.commit().map_err(|failure| failure.errno)
+    }
+
+    fn unlinked(&self, parent: FileId, name: &OsStr, file: FileId) {
+        self.ingest.unlinked(parent, name, file);
+    }
+
+    fn removed_dir(&self, dir: FileId) {
+        self.ingest.volume.remove_dir(dir);
+    }
+
+    fn moved(&self, moved: &Moved<'_>) {
+        let (from, to) = (link(moved.from.0, moved.from.1), link(moved.to.0, moved.to.1));
+        let other = moved.other.filter(|_| moved.exchange);
+        let replaced = moved.other.filter(|_| !moved.exchange);
+        if let Some((dir, true)) = replaced {
+            self.ingest.volume.remove_dir(dir);
+        }
+        if moved.is_dir {
+            self.dir_moved(moved.file, from.parent, moved.to);
+        } else if is_interesting(moved.from.1) || is_interesting(moved.to.1) {
+            self.place(to.parent);
+            self.place(from.parent);
+            match other {
+                Some((file, false)) => return self.ingest.exchanged((moved.file, &from), (file, &to)),
+                _ => self.ingest.renamed(moved.file, &from, &to, replaced.map(|(file, _)| file)),
+            }
+        }
+        match other {
+            Some((dir, true)) => self.dir_moved(dir, to.parent, moved.from),
+            Some((file, false)) => self.ingest.renamed(file, &to, &from, None),
+            None => {}
+        }
+    }
+}

@@ -1,0 +1,491 @@
+//! Ordinary files: one method for each operation, in terms of system calls on the source. No lock is held across one.
+//!
+//! After an operation changed a name or a vector file's bytes, [`Events`] is told before the caller is answered.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::SystemTime;
+
+use rustix::fs::{
+    AtFlags, CWD, Dev, FallocateFlags, FileType, Gid, Mode, OFlags, RenameFlags, SeekFrom, Stat, StatVfs, Timespec,
+    Timestamps, Uid, XattrFlags,
+};
+use rustix::io::Errno;
+use vexfs_store::FileId;
+
+use crate::access::Caller;
+use crate::events::{Cause, Events, Moved};
+use crate::nodes::{Node, Nodes};
+use crate::walk::RESERVED;
+
+/// A file with what the kernel is told of it.
+pub struct Entry {
+    /// Its number.
+    pub id: u64,
+    /// Its attributes.
+    pub stat: Stat,
+}
+
+/// An open file.
+pub struct Handle {
+    /// Open for reading at least where that was possible.
+    pub file: File,
+    /// What it is of.
+    pub node: Arc<Node>,
+    /// Open for writing.
+    pub writable: bool,
+}
+
+impl Handle {
+    /// Could closing this handle change vectors?
+    pub fn matters(&self) -> bool {
+        self.writable && self.node.interesting.load(Ordering::Acquire)
+    }
+}
+
+/// A time to set.
+#[derive(Copy, Clone, Debug)]
+pub enum SetTime {
+    /// As it is when it is done.
+    Now,
+    /// This one.
+    At(SystemTime),
+}
+
+/// Attributes to set.
+#[derive(Copy, Clone, Debug, Default)]
+pub struct SetAttr {
+    /// Permission bits.
+    pub mode: Option<u32>,
+    /// Owner.
+    pub uid: Option<u32>,
+    /// Group.
+    pub gid: Option<u32>,
+    /// Length.
+    pub size: Option<u64>,
+    /// Access time.
+    pub atime: Option<SetTime>,
+    /// Modification time.
+    pub mtime: Option<SetTime>,
+}
+
+/// See the module.
+pub struct Files {
+    /// What the kernel knows.
+    pub nodes: Arc<Nodes>,
+    events: Arc<dyn Events>,
+}
+
+fn refuse_reserved(name: &OsStr) -> Result<(), Errno> {
+    if name == RESERVED { Err(Errno::PERM) } else { Ok(()) }
+}
+
+impl Files {
+    /// Over the nodes of a source.
+    pub fn new(nodes: Arc<Nodes>, events: Arc<dyn Events>) -> Files {
+        Files { nodes, events }
+    }
+
+    fn enter(&self, parent: &Node, name: &OsStr, created: bool) -> Result<Entry, Errno> {
+        let place = (parent.id, name);
+        let stat = rustix::fs::statat(&parent.fd, name, AtFlags::SYMLINK_NOFOLLOW)?;
+        let (node, stat) = match self.nodes.meet(&stat, place) {
+            Some(node) => (node, stat),
+            None => {
+                let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let fd = rustix::fs::openat(&parent.fd, name, flags, Mode::empty())?;
+                // What was opened counts, should the name have changed hands since.
+                let stat = rustix::fs::fstat(&fd)?;
+                (self.nodes.add(&stat, fd, place).0, stat)
+            }
+        };
+        if node.kind == FileType::RegularFile && node.native && self.events.interested(name) {
+            node.interesting.store(true, Ordering::Release);
+            self.events.seen(parent.file(), name, node.file(), created);
+        }
+        Ok(Entry { id: node.id, stat })
+    }
+
+    /// Looks a name up; counts as one lookup.
+    pub fn lookup(&self, parent: u64, name: &OsStr) -> Result<Entry, Errno> {
+        self.enter(&*self.nodes.get(parent)?, name, false)
+    }
+
+    /// Takes lookups back.
+    pub fn forget(&self, id: u64, count: u64) {
+        self.nodes.forget(id, count);
+    }
+
+    /// A file's attributes.
+    pub fn getattr(&self, id: u64) -> Result<Entry, Errno> {
+        let node = self.nodes.get(id)?;
+        Ok(Entry { id, stat: rustix::fs::fstat(&node.fd)? })
+    }
+
+    /// Sets attributes, in the order that keeps set-id bits as the caller asked.
+    pub fn setattr(&self, id: u64, handle: Option<&Handle>, set: &SetAttr) -> Result<Entry, Errno> {
+        let node = self.nodes.get(id)?;
+        if let Some(size) = set.size {
+            match handle.filter(|handle| handle.writable) {
+                Some(handle) => rustix::fs::ftruncate(&handle.file, size)?,
+                None => {
+                    let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+                    let fd = rustix::fs::openat(CWD, node.proc_path(), flags, Mode::empty())?;
+                    rustix::fs::ftruncate(&fd, size)?;
+                }
+            }
+        }
+        if set.uid.is_some() || set.gid.is_some() {
+            let (uid, gid) = (set.uid.map(Uid::from_raw), set.gid.map(Gid::from_raw));
+            rustix::fs::chownat(&node.fd, c"", uid, gid, AtFlags::EMPTY_PATH)?;
+        }
+        if let Some(mode) = set.mode {
+            rustix::fs::chmodat(CWD, node.proc_path(), Mode::from_raw_mode(mode), AtFlags::empty())?;
+        }
+        if set.atime.is_some() || set.mtime.is_some() {
+            let times = Timestamps { last_access: timespec(set.atime), last_modification: timespec(set.mtime) };
+            // By descriptor, so that a symlink's own times are set.
+            rustix::fs::utimensat(&node.fd, c"", &times, AtFlags::EMPTY_PATH)?;
+        }
+        let touched = set.size.is_some() || set.mtime.is_some();
+        if touched && node.interesting.load(Ordering::Acquire) && node.writers.load(Ordering::Acquire) == 0 {
+            let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+            if let Ok(fd) = rustix::fs::openat(CWD, node.proc_path(), flags, Mode::empty()) {
+                self.events.changed(node.file(), fd.as_fd(), Cause::Setattr)?;
+            }
+        }
+        Ok(Entry { id, stat: rustix::fs::fstat(&node.fd)? })
+    }
+
+    /// A symlink's target.
+    pub fn readlink(&self, id: u64) -> Result<Vec<u8>, Errno> {
+        let node = self.nodes.get(id)?;
+        Ok(rustix::fs::readlinkat(&node.fd, c"", Vec::new())?.into_bytes())
+    }
+
+    /// Makes a name with the caller's credentials, so that owner, group and set-id bits come out as below.
+    fn make(
+        &self,
+        caller: Caller,
+        parent: u64,
+        name: &OsStr,
+        make: impl FnOnce(&OwnedFd) -> Result<(), Errno>,
+    ) -> Result<Entry, Errno> {
+        refuse_reserved(name)?;
+        let parent = self.nodes.get(parent)?;
+        caller.identify()?.act(|| make(&parent.fd))??;
+        self.enter(&parent, name, true)
+    }
+
+    /// Makes a file, device, FIFO or socket.
+    pub fn mknod(&self, caller: Caller, parent: u64, name: &OsStr, mode: u32, device: u32) -> Result<Entry, Errno> {
+        let (kind, mode) = (FileType::from_raw_mode(mode), Mode::from_raw_mode(mode & 0o7777));
+        // The kernel packs a device number as minor 0-7, major 8-19, minor 20-31 (new_encode_dev).
+        let (major, minor) = ((device >> 8) & 0xfff, (device & 0xff) | ((device >> 12) & 0xfff00));
+        let device: Dev = rustix::fs::makedev(major, minor);
+        self.make(caller, parent, name, |fd| rustix::fs::mknodat(fd, name, kind, mode, device))
+    }
+
+    /// Makes a directory.
+    pub fn mkdir(&self, caller: Caller, parent: u64, name: &OsStr, mode: u32) -> Result<Entry, Errno> {
+        let mode = Mode::from_raw_mode(mode & 0o7777);
+        self.make(caller, parent, name, |fd| rustix::fs::mkdirat(fd, name, mode))
+    }
+
+    /// Makes a symlink.
+    pub fn symlink(&self, caller: Caller, parent: u64, name: &OsStr, target: &OsStr) -> Result<Entry, Errno> {
+        self.make(caller, parent, name, |fd| rustix::fs::symlinkat(target, fd, name))
+    }
+
+    /// Gives a file another name.
+    pub fn link(&self, id: u64, parent: u64, name: &OsStr) -> Result<Entry, Errno> {
+        refuse_reserved(name)?;
+        let (node, parent) = (self.nodes.get(id)?, self.nodes.get(parent)?);
+        match rustix::fs::linkat(&node.fd, c"", &parent.fd, name, AtFlags::EMPTY_PATH) {
+            // Without CAP_DAC_READ_SEARCH only the path of the descriptor can be linked.
+            Err(Errno::NOENT) => {
+                rustix::fs::linkat(CWD, node.proc_path(), &parent.fd, name, AtFlags::SYMLINK_FOLLOW)?;
+            }
+            other => other?,
+        }
+        self.enter(&parent, name, true)
+    }
+
+    /// What a name leads to, without counting a lookup.
+    fn peek(&self, parent: &Node, name: &OsStr) -> Result<(u64, Stat), Errno> {
+        let stat = rustix::fs::statat(&parent.fd, name, AtFlags::SYMLINK_NOFOLLOW)?;
+        Ok((self.nodes.id(&stat), stat))
+    }
+
+    /// Removes a name of a file.
+    pub fn unlink(&self, parent: u64, name: &OsStr) -> Result<(), Errno> {
+        refuse_reserved(name)?;
+        let parent = self.nodes.get(parent)?;
+        if !self.events.interested(name) {
+            return rustix::fs::unlinkat(&parent.fd, name, AtFlags::empty());
+        }
+        let (id, _) = self.peek(&parent, name)?;
+        rustix::fs::unlinkat(&parent.fd, name, AtFlags::empty())?;
+        self.events.unlinked(parent.file(), name, FileId(id));
+        Ok(())
+    }
+
+    /// Removes a directory.
+    pub fn rmdir(&self, parent: u64, name: &OsStr) -> Result<(), Errno> {
+        refuse_reserved(name)?;
+        let parent = self.nodes.get(parent)?;
+        let (id, _) = self.peek(&parent, name)?;
+        rustix::fs::unlinkat(&parent.fd, name, AtFlags::REMOVEDIR)?;
+        self.events.removed_dir(FileId(id));
+        Ok(())
+    }
+
+    /// Moves a name; with EXCHANGE two names change places.
+    pub fn rename(
+        &self,
+        (from, old): (u64, &OsStr),
+        (to, new): (u64, &OsStr),
+        flags: RenameFlags,
+    ) -> Result<(), Errno> {
+        refuse_reserved(old)?;
+        refuse_reserved(new)?;
+        if flags.contains(RenameFlags::WHITEOUT) {
+            return Err(Errno::INVAL);
+        }
+        let (from, to) = (self.nodes.get(from)?, self.nodes.get(to)?);
+        let (moved, stat) = self.peek(&from, old)?;
+        let other = self.peek(&to, new).ok();
+        rustix::fs::renameat_with(&from.fd, old, &to.fd, new, flags)?;
+        let is_dir = |stat: &Stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
+        if other.as_ref().is_some_and(|(id, _)| *id == moved) {
+            // Two names of one file: rename(2) leaves both.
+            return Ok(());
+        }
+        let exchange = flags.contains(RenameFlags::EXCHANGE);
+        self.settle(moved, (to.id, new));
+        if let (true, Some((id, _))) = (exchange, &other) {
+            self.settle(*id, (from.id, old));
+        }
+        let told = Moved {
+            from: (from.file(), old),
+            to: (to.file(), new),
+            file: FileId(moved),
+            is_dir: is_dir(&stat),
+            other: other.map(|(id, stat)| (FileId(id), is_dir(&stat))),
+            exchange,
+        };
+        for (name, id) in [(new, Some(told.file)), (old, told.other.map(|(id, _)| id))] {
+            if let Some(Ok(node)) = id.map(|id| self.nodes.get(id.0))
+                && node.kind == FileType::RegularFile
+                && self.events.interested(name)
+            {
+                node.interesting.store(true, Ordering::Release);
+            }
+        }
+        self.events.moved(&told);
+        Ok(())
+    }
+
+    fn settle(&self, id: u64, place: (u64, &OsStr)) {
+        if let Ok(node) = self.nodes.get(id) {
+            node.settle(place);
+        }
+    }
+
+    /// Opens a file with the caller's flags, for reading too where that is allowed, so that its vectors can be read.
+    pub fn open(&self, id: u64, flags: i32) -> Result<Handle, Errno> {
+        let node = self.nodes.get(id)?;
+        let flags = OFlags::from_bits_retain(flags as u32);
+        let writable = flags.intersects(OFlags::WRONLY | OFlags::RDWR);
+        let dropped =
+            OFlags::NOFOLLOW | OFlags::CREATE | OFlags::EXCL | OFlags::DIRECT | OFlags::TRUNC | OFlags::RWMODE;
+        let kept = flags.difference(dropped) | OFlags::CLOEXEC;
+        let open = |mode: OFlags| rustix::fs::openat(CWD, node.proc_path(), kept | mode, Mode::empty());
+        let fd = match writable {
+            true => open(OFlags::RDWR).or_else(|_| open(flags & OFlags::RWMODE))?,
+            false => open(OFlags::RDONLY)?,
+        };
+        Ok(self.handle(node, fd, writable))
+    }
+
+    fn handle(&self, node: Arc<Node>, fd: OwnedFd, writable: bool) -> Handle {
+        if writable {
+            node.writers.fetch_add(1, Ordering::AcqRel);
+        }
+        Handle { file: File::from(fd), node, writable }
+    }
+
+    /// Makes a file and opens it.
+    pub fn create(
+        &self,
+        caller: Caller,
+        parent: u64,
+        name: &OsStr,
+        mode: u32,
+        flags: i32,
+    ) -> Result<(Entry, Handle), Errno> {
+        refuse_reserved(name)?;
+        let parent = self.nodes.get(parent)?;
+        let flags = OFlags::from_bits_retain(flags as u32);
+        let writable = flags.intersects(OFlags::WRONLY | OFlags::RDWR);
+        let mode_bits = Mode::from_raw_mode(mode & 0o7777);
+        let access = if writable { OFlags::RDWR } else { OFlags::RDONLY };
+        let exclusive = flags & (OFlags::EXCL | OFlags::APPEND);
+        let made = OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC | exclusive | access;
+        let fd = caller.identify()?.act(|| rustix::fs::openat(&parent.fd, name, made, mode_bits))??;
+        let entry = self.enter(&parent, name, true)?;
+        let node = self.nodes.get(entry.id)?;
+        Ok((entry, self.handle(node, fd, writable)))
+    }
+
+    /// Reads.
+    pub fn read(&self, handle: &Handle, offset: u64, size: u32) -> Result<Vec<u8>, Errno> {
+        let mut bytes = vec![0; size as usize];
+        let mut got = 0;
+        while got < bytes.len() {
+            match rustix::io::pread(&handle.file, &mut bytes[got..], offset + got as u64)? {
+                0 => break,
+                n => got += n,
+            }
+        }
+        bytes.truncate(got);
+        Ok(bytes)
+    }
+
+    /// Writes.
+    pub fn write(&self, handle: &Handle, offset: u64, data: &[u8]) -> Result<usize, Errno> {
+        rustix::io::pwrite(&handle.file, data, offset)
+    }
+
+    /// One descriptor of the handle was closed: what it wrote is read now.
+    pub fn flush(&self, handle: &Handle) -> Result<(), Errno> {
+        if !handle.matters() {
+            return Ok(());
+        }
+        self.events.changed(handle.node.file(), handle.file.as_fd(), Cause::Flush)
+    }
+
+    /// The last descriptor was closed, the last mapping is gone.
+    pub fn release(&self, handle: &Handle) {
+        let last = handle.writable && handle.node.writers.fetch_sub(1, Ordering::AcqRel) == 1;
+        if last && handle.matters() {
+            // Nobody waits for the answer; what was refused is in the file's status.
+            if let Err(errno) = self.events.changed(handle.node.file(), handle.file.as_fd(), Cause::Release) {
+                log::debug!("inode {}: {errno} at release", handle.node.id);
+            }
+        }
+    }
+
+    /// Makes bytes durable, then the index's knowledge of them.
+    pub fn fsync(&self, handle: &Handle, data_only: bool) -> Result<(), Errno> {
+        match data_only {
+            true => rustix::fs::fdatasync(&handle.file)?,
+            false => rustix::fs::fsync(&handle.file)?,
+        }
+        if handle.node.interesting.load(Ordering::Acquire) {
+            self.events.changed(handle.node.file(), handle.file.as_fd(), Cause::Fsync)?;
+        }
+        Ok(())
+    }
+
+    /// Makes a directory's names durable.
+    pub fn fsync_dir(&self, dir: BorrowedFd<'_>) -> Result<(), Errno> {
+        rustix::fs::fsync(dir)?;
+        self.events.synced_dir()
+    }
+
+    /// Opens a directory for listing.
+    pub fn open_dir(&self, id: u64) -> Result<OwnedFd, Errno> {
+        let node = self.nodes.get(id)?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        rustix::fs::openat(&node.fd, c".", flags, Mode::empty())
+    }
+
+    /// Space and counts of the file system below.
+    pub fn statfs(&self, id: u64) -> Result<StatVfs, Errno> {
+        rustix::fs::fstatvfs(&self.nodes.get(id)?.fd)
+    }
+
+    /// Reserves or frees space.
+    pub fn fallocate(&self, handle: &Handle, mode: i32, offset: u64, length: u64) -> Result<(), Errno> {
+        rustix::fs::fallocate(&handle.file, FallocateFlags::from_bits_retain(mode as u32), offset, length)
+    }
+
+    /// Finds data or a hole.
+    pub fn lseek(&self, handle: &Handle, offset: i64, whence: i32) -> Result<u64, Errno> {
+        let at = u64::try_from(offset).map_err(|_| Errno::INVAL)?;
+        // SEEK_DATA and SEEK_HOLE; the kernel does the others itself.
+        match whence {
+            3 => rustix::fs::seek(&handle.file, SeekFrom::Data(at)),
+            4 => rustix::fs::seek(&handle.file, SeekFrom::Hole(at)),
+            _ => Err(Errno::INVAL),
+        }
+    }
+
+    /// Copies within the file system below.
+    pub fn copy_range(&self, from: (&Handle, u64), to: (&Handle, u64), len: u64) -> Result<usize, Errno> {
+        let (mut start, mut end) = (from.1, to.1);
+        let len = len.min(1 << 30) as usize;
+        rustix::fs::copy_file_range(&from.0.file, Some(&mut start), &to.0.file, Some(&mut end), len)
+    }
+
+    /// Sets an extended attribute.
+    pub fn setxattr(&self, id: u64, name: &OsStr, value: &[u8], flags: i32) -> Result<(), Errno> {
+        let path = self.xattr_path(id)?;
+        rustix::fs::setxattr(path, name.as_bytes(), value, XattrFlags::from_bits_retain(flags as u32))
+    }
+
+    /// Reads an extended attribute.
+    pub fn getxattr(&self, id: u64, name: &OsStr) -> Result<Vec<u8>, Errno> {
+        let mut value = Vec::with_capacity(XATTR_MAX);
+        let path = self.xattr_path(id)?;
+        rustix::fs::getxattr(path, name.as_bytes(), rustix::buffer::spare_capacity(&mut value))?;
+        Ok(value)
+    }
+
+    /// Names of extended attributes, each ended by NUL.
+    pub fn listxattr(&self, id: u64) -> Result<Vec<u8>, Errno> {
+        let mut names = Vec::with_capacity(XATTR_MAX);
+        rustix::fs::listxattr(self.xattr_path(id)?, rustix::buffer::spare_capacity(&mut names))?;
+        Ok(names)
+    }
+
+    /// Removes an extended attribute.
+    pub fn removexattr(&self, id: u64, name: &OsStr) -> Result<(), Errno> {
+        rustix::fs::removexattr(self.xattr_path(id)?, name.as_bytes())
+    }
+
+    /// Attributes can't be reached by an `O_PATH` descriptor, and not by its path for a symlink.
+    fn xattr_path(&self, id: u64) -> Result<String, Errno> {
+        let node = self.nodes.get(id)?;
+        if node.kind == FileType::Symlink {
+            return Err(Errno::OPNOTSUPP);
+        }
+        Ok(node.proc_path())
+    }
+}
+
+/// Largest value and list of names that Linux has.
+const XATTR_MAX: usize = 64 << 10;
+
+fn timespec(time: Option<SetTime>) -> Timespec {
+    let special = |tv_nsec| Timespec { tv_sec: 0, tv_nsec };
+    match time {
+        None => special(rustix::fs::UTIME_OMIT),
+        Some(SetTime::Now) => special(rustix::fs::UTIME_NOW),
+        Some(SetTime::At(time)) => match time.duration_since(SystemTime::UNIX_EPOCH) {
+            Ok(after) => Timespec { tv_sec: after.as_secs() as i64, tv_nsec: i64::from(after.subsec_nanos()) },
+            Err(before) => {
+                // Nanoseconds count forwards, also before 1970.
+                let before = before.duration();
+                let part = i64::from(before.subsec_nanos() > 0);
+                let nanos = i64::from(before.subsec_nanos());
+                Timespec { tv_sec: -(before.as_secs() as i64) - part, tv_nsec: part * 1_000_000_000 - nanos }
+            }
+        },
+    }
+}

@@ -1,0 +1,344 @@
+//! A volume from its directories to a served mount, and back.
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+use rustix::fs::{CWD, Mode, OFlags, openat};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, UnmountFlags};
+use vexfs_store::disk::DirDisk;
+use vexfs_store::{Options, SyncMode, Volume};
+
+use crate::access::Access;
+use crate::events::IndexEvents;
+use crate::files::Files;
+use crate::fuse::{self, Fuse, Loops};
+use crate::ingest::Ingest;
+use crate::nodes::Nodes;
+use crate::source::Source;
+use crate::views::{MountFacts, Views};
+use crate::walk::{RESERVED, walk};
+
+/// What to mount, where and how.
+#[derive(Clone, Debug)]
+pub struct MountOptions {
+    /// The directory whose files are served.
+    pub source: PathBuf,
+    /// Where.
+    pub mountpoint: PathBuf,
+    /// The state directory; `SOURCE/.vexfs` unless named.
+    pub state: Option<PathBuf>,
+    /// When new points are linked.
+    pub sync: SyncMode,
+    /// Files that can't be indexed make close(2) fail.
+    pub strict: bool,
+    /// `-o` options, split at commas.
+    pub options: Vec<String>,
+}
+
+/// Why a volume can't be mounted, in one line.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct MountError(String);
+
+fn error(what: impl std::fmt::Display, why: impl std::fmt::Display) -> MountError {
+    MountError(format!("{what}: {why}"))
+}
+
+/// Event loops: enough that some can wait for searches while others serve files.
+const LOOPS: usize = 6;
+
+/// A served mount.
+pub struct Mounted {
+    mountpoint: PathBuf,
+    device: u64,
+    volume: Arc<Volume>,
+    stop: Arc<AtomicBool>,
+    walker: JoinHandle<()>,
+    server: JoinHandle<io::Result<()>>,
+}
+
+struct Checked {
+    source: PathBuf,
+    mountpoint: PathBuf,
+    state: PathBuf,
+}
+
+fn directory(path: &Path) -> Result<PathBuf, MountError> {
+    let canonical = path.canonicalize().map_err(|why| error(path.display(), why))?;
+    match canonical.is_dir() {
+        true => Ok(canonical),
+        false => Err(error(path.display(), "not a directory")),
+    }
+}
+
+fn check(options: &MountOptions) -> Result<Checked, MountError> {
+    let source = directory(&options.source)?;
+    let mountpoint = directory(&options.mountpoint)?;
+    if source != mountpoint && source.starts_with(&mountpoint) {
+        return Err(error(source.display(), format!("the source lies inside the mountpoint {}", mountpoint.display())));
+    }
+    if source != mountpoint && mountpoint.starts_with(&source) {
+        return Err(error(mountpoint.display(), format!("the mountpoint lies inside the source {}", source.display())));
+    }
+    let state = match &options.state {
+        None => source.join(RESERVED),
+        Some(state) => {
+            std::fs::create_dir_all(state).map_err(|why| error(state.display(), why))?;
+            let state = directory(state)?;
+            if state.starts_with(&source) && state != source.join(RESERVED) {
+                return Err(error(state.display(), "the state directory lies inside the source"));
+            }
+            if state.starts_with(&mountpoint) && state != source.join(RESERVED) {
+                return Err(error(state.display(), "the state directory lies inside the mountpoint"));
+            }
+            state
+        }
+    };
+    Ok(Checked { source, mountpoint, state })
+}
+
+fn open_dir(path: &Path) -> Result<OwnedFd, MountError> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    openat(CWD, path, flags, Mode::empty()).map_err(|why| error(path.display(), io::Error::from(why)))
+}
+
+/// One open file for each inode that the kernel knows: as many as the system lets us have.
+fn raise_file_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let most = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    if let Err(why) = setrlimit(Resource::Nofile, most) {
+        log::warn!("the limit of open files stays at {:?}: {why}", limit.current);
+    }
+}
+
+/// Opens the volume, reads what a crash left unread, mounts, and serves from threads of its own. Returns when the
+/// mount answers.
+pub fn mount(options: &MountOptions) -> Result<Mounted, MountError> {
+    let Checked { source, mountpoint, state } = check(options)?;
+    raise_file_limit();
+    // Modes come from callers, their umask taken off by the kernel; ours must not come on top.
+    rustix::process::umask(Mode::empty());
+    // Everything is opened before the mount: from then on no path is resolved that could lead into it.
+    let root = open_dir(&source)?;
+    if let Err(why) = rustix::fs::mkdirat(CWD, &state, Mode::RWXU)
+        && why != Errno::EXIST
+    {
+        return Err(error(state.display(), io::Error::from(why)));
+    }
+    let state_fd = open_dir(&state)?;
+    let owned = |why: Errno| error(source.display(), io::Error::from(why));
+    let nodes = Arc::new(Nodes::new(rustix::io::dup(&root).map_err(owned)?).map_err(owned)?);
+    let files_root = Arc::new(Source::new(root).map_err(owned)?);
+    let store = Options {
+        sync: options.sync,
+        root_inode: files_root.inode(),
+        threads: std::thread::available_parallelism().map_or(1, usize::from),
+    };
+    let (volume, recovery) =
+        Volume::open(Arc::new(DirDisk::new(state_fd)), store).map_err(|why| error(state.display(), why))?;
+    let volume = Arc::new(volume);
+    let written = Arc::clone(&nodes);
+    let being_written = Box::new(move |file| written.is_written(file));
+    let ingest = Arc::new(Ingest::new(Arc::clone(&volume), Arc::clone(&files_root), options.strict, being_written));
+    for file in recovery.unread {
+        ingest.read_known(file);
+    }
+
+    let facts = MountFacts {
+        mountpoint: mountpoint.to_string_lossy().into_owned(),
+        source: source.to_string_lossy().into_owned(),
+        state: state.to_string_lossy().into_owned(),
+        strict: options.strict,
+    };
+    let events = IndexEvents { ingest: Arc::clone(&ingest), nodes: Arc::clone(&nodes) };
+    let files = Arc::new(Files::new(Arc::clone(&nodes), Arc::new(events)));
+    let access = Access::new(Arc::clone(&files_root));
+    let views = Arc::new(Views::new(Arc::clone(&ingest), access, nodes, facts));
+    let fuse = Fuse::new(files, views, stack_depth(&files_root));
+
+    let server = start(fuse, &mountpoint, &source, &options.options)?;
+    // The kernel has been answered: this stat goes to our own threads, as any caller's does, and from a thread that
+    // serves nobody.
+    let device = rustix::fs::stat(&mountpoint).map_err(|why| error(mountpoint.display(), io::Error::from(why)))?.st_dev;
+    let stop = Arc::new(AtomicBool::new(false));
+    let walker = {
+        let (ingest, stop) = (Arc::clone(&ingest), Arc::clone(&stop));
+        std::thread::Builder::new()
+            .name("vexfs-walk".to_owned())
+            .spawn(move || walk(&ingest, &stop))
+            .map_err(|why| error("thread", why))?
+    };
+    Ok(Mounted { mountpoint, device, volume, stop, walker, server })
+}
+
+/// A source that is stacked itself takes one of the two layers that the kernel allows.
+fn stack_depth(source: &Source) -> u32 {
+    const OVERLAYFS: i64 = 0x794c_7630;
+    const FUSE: i64 = 0x6573_5546;
+    match rustix::fs::fstatfs(source.root()) {
+        Ok(stat) if [OVERLAYFS, FUSE].contains(&(stat.f_type as i64)) => 2,
+        _ => 1,
+    }
+}
+
+/// `-o` options as mount(2) takes them.
+struct Parsed {
+    flags: MountFlags,
+    allow_other: bool,
+    /// As fusermount3 takes them.
+    plain: Vec<String>,
+}
+
+fn parse(options: &[String]) -> Result<Parsed, MountError> {
+    let mut parsed = Parsed { flags: MountFlags::NOSUID | MountFlags::NODEV, allow_other: false, plain: Vec::new() };
+    for option in options {
+        let (flag, on) = match option.as_str() {
+            "ro" => (MountFlags::RDONLY, true),
+            "rw" => (MountFlags::RDONLY, false),
+            "nosuid" => (MountFlags::NOSUID, true),
+            "suid" => (MountFlags::NOSUID, false),
+            "nodev" => (MountFlags::NODEV, true),
+            "dev" => (MountFlags::NODEV, false),
+            "noexec" => (MountFlags::NOEXEC, true),
+            "exec" => (MountFlags::NOEXEC, false),
+            "noatime" => (MountFlags::NOATIME, true),
+            "atime" => (MountFlags::NOATIME, false),
+            "sync" => (MountFlags::SYNCHRONOUS, true),
+            "async" => (MountFlags::SYNCHRONOUS, false),
+            "dirsync" => (MountFlags::DIRSYNC, true),
+            "allow_other" => {
+                parsed.allow_other = true;
+                continue;
+            }
+            "default_permissions" => continue,
+            other => return Err(error("-o", format!("\"{other}\" is not an option of vexfs"))),
+        };
+        parsed.flags.set(flag, on);
+        parsed.plain.push(option.clone());
+    }
+    Ok(parsed)
+}
+
+fn start(
+    fuse: Fuse,
+    mountpoint: &Path,
+    source: &Path,
+    options: &[String],
+) -> Result<JoinHandle<io::Result<()>>, MountError> {
+    let parsed = parse(options)?;
+    let loops = Loops { threads: LOOPS, allow_other: parsed.allow_other };
+    let device = match openat(CWD, "/dev/fuse", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
+        Ok(device) => device,
+        Err(Errno::NOENT | Errno::NXIO | Errno::NODEV) => {
+            return Err(error("/dev/fuse", "FUSE is missing: is the fuse kernel module there?"));
+        }
+        Err(why) => return Err(error("/dev/fuse", io::Error::from(why))),
+    };
+    let (tell, told) = std::sync::mpsc::sync_channel(1);
+    let ready = {
+        let tell = tell.clone();
+        move || drop(tell.send(Ok(())))
+    };
+    let privileged = match mount_directly(&device, mountpoint, source, &parsed) {
+        Ok(()) => true,
+        Err(Errno::PERM) => false,
+        Err(why) => return Err(error(mountpoint.display(), io::Error::from(why))),
+    };
+    let (mountpoint, source) = (mountpoint.to_owned(), source.to_string_lossy().into_owned());
+    let serve = move || {
+        let result = match privileged {
+            true => fuse::serve(fuse, device, &loops, ready),
+            false => {
+                drop(device);
+                fuse::mount_and_serve(fuse, &mountpoint, &source, &parsed.plain, &loops, ready)
+            }
+        };
+        if let Err(why) = &result {
+            // Nobody listens where serving had begun; the caller of `wait` gets the error then.
+            drop(tell.send(Err(why.to_string())));
+        }
+        result
+    };
+    let server = std::thread::Builder::new()
+        .name("vexfs-serve".to_owned())
+        .spawn(serve)
+        .map_err(|why| error("thread", why))?;
+    match told.recv() {
+        Ok(Ok(())) => Ok(server),
+        Ok(Err(why)) if !privileged => {
+            Err(error("fusermount3", format!("{why} (without privileges the package fuse3 is needed)")))
+        }
+        Ok(Err(why)) => Err(error("the FUSE handshake failed", why)),
+        Err(_) => Err(MountError("the server ended before the mount answered".to_owned())),
+    }
+}
+
+fn mount_directly(device: &OwnedFd, mountpoint: &Path, source: &Path, parsed: &Parsed) -> Result<(), Errno> {
+    let user = rustix::process::geteuid().as_raw();
+    let group = rustix::process::getegid().as_raw();
+    let other = if parsed.allow_other { ",allow_other" } else { "" };
+    let data =
+        format!("fd={},rootmode=40000,user_id={user},group_id={group},default_permissions{other}", device.as_raw_fd());
+    let data = CString::new(data).map_err(|_| Errno::INVAL)?;
+    rustix::mount::mount(source, mountpoint, "fuse.vexfs", parsed.flags, Some(data.as_c_str()))
+}
+
+impl Mounted {
+    /// Asks the kernel to unmount, if what is mounted there is still this volume. `lazily`: also while files are
+    /// open; they keep working until they are closed.
+    pub fn unmount(&self, lazily: bool) -> io::Result<()> {
+        unmount(&self.mountpoint, Some(self.device), lazily)
+    }
+
+    /// Has the mount ended?
+    pub fn is_over(&self) -> bool {
+        self.server.is_finished()
+    }
+
+    /// Waits for the end of the mount, then closes the volume.
+    pub fn wait(self) -> Result<(), MountError> {
+        let served = self.server.join();
+        self.stop.store(true, Ordering::Release);
+        if self.walker.join().is_err() {
+            log::error!("the walk panicked");
+        }
+        match Arc::try_unwrap(self.volume) {
+            Ok(volume) => volume.close().map_err(|why| error("closing the volume", why))?,
+            Err(shared) => shared.commit().map_err(|why| error("closing the volume", why))?,
+        }
+        match served {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(why)) => Err(error("serving ended", why)),
+            Err(_) => Err(MountError("the server panicked".to_owned())),
+        }
+    }
+}
+
+/// Unmounts; `device` is what must be mounted there.
+pub fn unmount(mountpoint: &Path, device: Option<u64>, lazily: bool) -> io::Result<()> {
+    if let Some(device) = device
+        && rustix::fs::stat(mountpoint)?.st_dev != device
+    {
+        return Err(io::Error::other("something else is mounted there now"));
+    }
+    let flags = if lazily { UnmountFlags::DETACH } else { UnmountFlags::empty() };
+    match rustix::mount::unmount(mountpoint, flags | UnmountFlags::NOFOLLOW) {
+        Err(Errno::PERM) => {}
+        other => return Ok(other?),
+    }
+    let mut command = std::process::Command::new("fusermount3");
+    command.arg("-u").args(lazily.then_some("-z")).arg("--").arg(std::ffi::OsStr::from_bytes(mountpoint.as_os_str().as_bytes()));
+    let output = command.output()?;
+    match output.status.success() {
+        true => Ok(()),
+        false => Err(io::Error::other(String::from_utf8_lossy(&output.stderr).trim().to_owned())),
+    }
+}

@@ -1,0 +1,175 @@
+//! The inode table: which files the kernel knows, each pinned by an `O_PATH` descriptor so that its number can't be
+//! given to another file meanwhile.
+//!
+//! A node's number is its inode number on the source, so numbers are the same after a remount. The root is 1, as
+//! FUSE wants it. A file on another device than the root's gets a number of its own with bit 62 set, as does one
+//! that has the number 1. Numbers from [`VIRTUAL_BASE`] on belong to the virtual directories.
+
+use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+
+use parking_lot::{Mutex, RwLock};
+use rustix::fs::{FileType, Stat};
+use rustix::io::Errno;
+use vexfs_store::FileId;
+
+/// First number of virtual nodes.
+pub const VIRTUAL_BASE: u64 = 0xf000_0000_0000_0000;
+const SYNTHETIC: u64 = 1 << 62;
+
+/// A file that the kernel knows.
+pub struct Node {
+    /// Its number.
+    pub id: u64,
+    /// `O_PATH` descriptor.
+    pub fd: OwnedFd,
+    /// What it is; never changes.
+    pub kind: FileType,
+    /// On the root's file system, where numbers are the store's.
+    pub native: bool,
+    lookups: AtomicU64,
+    /// A directory's only name.
+    place: Mutex<Option<(u64, OsString)>>,
+    /// One of its names is a vector file's.
+    pub interesting: AtomicBool,
+    /// Handles open for writing.
+    pub writers: AtomicU32,
+}
+
+/// See the module.
+pub struct Nodes {
+    device: u64,
+    root_inode: u64,
+    known: RwLock<HashMap<u64, Arc<Node>>>,
+    foreign: Mutex<HashMap<(u64, u64), u64>>,
+}
+
+impl Nodes {
+    /// `root` is a descriptor of the source directory.
+    pub fn new(root: OwnedFd) -> Result<Nodes, Errno> {
+        let stat = rustix::fs::fstat(&root)?;
+        let nodes = Nodes {
+            device: stat.st_dev,
+            root_inode: stat.st_ino,
+            known: RwLock::new(HashMap::new()),
+            foreign: Mutex::new(HashMap::new()),
+        };
+        let root = nodes.node(FileId::ROOT.0, root, &stat);
+        nodes.known.write().insert(FileId::ROOT.0, Arc::new(root));
+        Ok(nodes)
+    }
+
+    fn node(&self, id: u64, fd: OwnedFd, stat: &Stat) -> Node {
+        Node {
+            id,
+            fd,
+            kind: FileType::from_raw_mode(stat.st_mode),
+            native: stat.st_dev == self.device,
+            lookups: AtomicU64::new(0),
+            place: Mutex::new(None),
+            interesting: AtomicBool::new(false),
+            writers: AtomicU32::new(0),
+        }
+    }
+
+    /// The number under which a file is, or would be, known.
+    pub fn id(&self, stat: &Stat) -> u64 {
+        match (stat.st_dev == self.device, stat.st_ino) {
+            (true, inode) if inode == self.root_inode => FileId::ROOT.0,
+            (true, inode) if inode != FileId::ROOT.0 && inode < SYNTHETIC => inode,
+            _ => {
+                let mut foreign = self.foreign.lock();
+                let next = SYNTHETIC + foreign.len() as u64;
+                *foreign.entry((stat.st_dev, stat.st_ino)).or_insert(next)
+            }
+        }
+    }
+
+    /// A node that the kernel knows; ESTALE for one that it has forgotten.
+    pub fn get(&self, id: u64) -> Result<Arc<Node>, Errno> {
+        self.known.read().get(&id).cloned().ok_or(Errno::STALE)
+    }
+
+    /// Counts a lookup of a file that is known already.
+    pub fn meet(&self, stat: &Stat, place: (u64, &OsStr)) -> Option<Arc<Node>> {
+        let id = self.id(stat);
+        let known = self.known.read();
+        let node = known.get(&id)?;
+        node.lookups.fetch_add(1, Ordering::AcqRel);
+        node.settle(place);
+        Some(Arc::clone(node))
+    }
+
+    /// Counts a lookup of a file, opened as `fd`; true if it wasn't known.
+    pub fn add(&self, stat: &Stat, fd: OwnedFd, place: (u64, &OsStr)) -> (Arc<Node>, bool) {
+        let id = self.id(stat);
+        let mut known = self.known.write();
+        let mut fresh = false;
+        let node = known.entry(id).or_insert_with(|| {
+            fresh = true;
+            Arc::new(self.node(id, fd, stat))
+        });
+        node.lookups.fetch_add(1, Ordering::AcqRel);
+        node.settle(place);
+        (Arc::clone(node), fresh)
+    }
+
+    /// Takes lookups back; the node goes with its last one.
+    pub fn forget(&self, id: u64, count: u64) {
+        if id == FileId::ROOT.0 {
+            return;
+        }
+        let mut known = self.known.write();
+        let Some(node) = known.get(&id) else { return };
+        let before = node.lookups.fetch_sub(count, Ordering::AcqRel);
+        if before <= count {
+            let gone = known.remove(&id);
+            drop(known);
+            // Closing the descriptor may free an inode below: not under the lock.
+            drop(gone);
+        }
+    }
+
+    /// Where a directory is, as far as the kernel has been told.
+    pub fn place(&self, dir: FileId) -> Option<(FileId, OsString)> {
+        let node = self.known.read().get(&dir.0).cloned()?;
+        let place = node.place.lock().clone()?;
+        Some((FileId(place.0), place.1))
+    }
+
+    /// Has somebody the file open for writing?
+    pub fn is_written(&self, file: FileId) -> bool {
+        self.known.read().get(&file.0).is_some_and(|node| node.writers.load(Ordering::Acquire) > 0)
+    }
+}
+
+impl Node {
+    /// The number as the store knows it.
+    pub fn file(&self) -> FileId {
+        FileId(self.id)
+    }
+
+    /// Is it a directory?
+    pub fn is_dir(&self) -> bool {
+        self.kind == FileType::Directory
+    }
+
+    /// A directory is here now.
+    pub fn settle(&self, (parent, name): (u64, &OsStr)) {
+        if self.is_dir() && self.id != FileId::ROOT.0 {
+            let mut place = self.place.lock();
+            if !place.as_ref().is_some_and(|(known, called)| *known == parent && called == name) {
+                *place = Some((parent, name.to_owned()));
+            }
+        }
+    }
+
+    /// The path that reopens it with other flags.
+    pub fn proc_path(&self) -> String {
+        use std::os::fd::AsRawFd;
+        format!("/proc/self/fd/{}", self.fd.as_raw_fd())
+    }
+}

@@ -1,0 +1,191 @@
+//! `vexfs mount` and `vexfs umount`.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use rustix::event::{PollFd, PollFlags};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use vexfs_fs::SyncMode;
+use vexfs_fs::mount::{MountOptions, Mounted, unmount};
+
+use crate::mounts;
+
+/// Arguments of `vexfs mount`.
+#[derive(Args)]
+pub struct MountArgs {
+    /// The directory whose files are served; what is in it is adopted.
+    source: PathBuf,
+    /// Where.
+    mountpoint: PathBuf,
+    /// Stay in the foreground, with the log on standard error.
+    #[arg(long)]
+    foreground: bool,
+    /// Link new vectors into the graph before close(2) returns, or behind. They are found at once both ways.
+    #[arg(long, value_enum, default_value_t = Sync::Lazy)]
+    sync: Sync,
+    /// Where the index is kept [default: SOURCE/.vexfs].
+    #[arg(long, value_name = "DIR")]
+    state: Option<PathBuf>,
+    /// close(2) and fsync(2) of a file that can't be indexed fail.
+    #[arg(long)]
+    strict: bool,
+    /// Mount options: ro, allow_other, noexec, suid, dev, noatime, …
+    #[arg(short, value_name = "OPTS", value_delimiter = ',')]
+    options: Vec<String>,
+    /// For the background process: tell the parent on standard output.
+    #[arg(long, hide = true)]
+    background_child: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Sync {
+    Immediate,
+    Lazy,
+}
+
+/// Mounts. In the background this returns when the mount answers.
+pub fn mount(args: MountArgs) -> Result<(), String> {
+    if !args.foreground && !args.background_child {
+        return spawn();
+    }
+    let options = MountOptions {
+        source: args.source,
+        mountpoint: args.mountpoint,
+        state: args.state,
+        sync: match args.sync {
+            Sync::Immediate => SyncMode::Immediate,
+            Sync::Lazy => SyncMode::Lazy,
+        },
+        strict: args.strict,
+        options: args.options,
+    };
+    crate::log::start();
+    // Before anything starts, so that no signal is lost.
+    let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT, SIGHUP])
+        .map_err(|error| format!("signals: {error}"))?;
+    let mounted = match vexfs_fs::mount::mount(&options) {
+        Ok(mounted) => mounted,
+        Err(error) if args.background_child => {
+            println!("{error}");
+            return Err(error.to_string());
+        }
+        Err(error) => return Err(error.to_string()),
+    };
+    if args.background_child {
+        detach()?;
+    }
+    static ENDING: AtomicBool = AtomicBool::new(false);
+    let handle = signals.handle();
+    let over = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for _ in &mut signals {
+                if !ENDING.swap(true, Ordering::AcqRel) {
+                    end(&mounted);
+                }
+            }
+        });
+        while !mounted.is_over() {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        handle.close();
+    });
+    let () = over;
+    mounted.wait().map_err(|error| error.to_string())
+}
+
+/// On a signal: unmount; with files still open, take the mount out of the tree and let them end.
+fn end(mounted: &Mounted) {
+    log::info!("ending on a signal");
+    if let Err(busy) = mounted.unmount(false)
+        && let Err(error) = mounted.unmount(true)
+    {
+        log::error!("can't unmount: {busy}; nor lazily: {error}");
+    }
+}
+
+/// Starts this program again in the background and waits for its word.
+fn spawn() -> Result<(), String> {
+    let program = std::env::current_exe().map_err(|error| format!("own program: {error}"))?;
+    let mut child = Command::new(program)
+        .args(std::env::args_os().skip(1))
+        .arg("--background-child")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(|error| format!("starting in the background: {error}"))?;
+    let mut word = String::new();
+    if let Some(stdout) = child.stdout.take() {
+        BufReader::new(stdout)
+            .take(4096)
+            .read_line(&mut word)
+            .map_err(|error| format!("the background process: {error}"))?;
+    }
+    match word.trim() {
+        READY => Ok(()),
+        "" => {
+            let status = child.wait().map_err(|error| error.to_string())?;
+            Err(format!("the background process ended before the mount answered ({status})"))
+        }
+        error => {
+            // It ends by itself; its status says no more than its word.
+            child.wait().map_err(|error| error.to_string())?;
+            Err(error.to_owned())
+        }
+    }
+}
+
+const READY: &str = "ready";
+
+/// The mount answers: leave the terminal, tell the parent, let go of its pipe.
+fn detach() -> Result<(), String> {
+    rustix::process::setsid().map_err(|error| format!("setsid: {error}"))?;
+    std::env::set_current_dir("/").map_err(|error| format!("/: {error}"))?;
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{READY}").and_then(|()| out.flush()).map_err(|error| format!("telling the parent: {error}"))?;
+    let null = std::fs::File::options()
+        .write(true)
+        .open("/dev/null")
+        .map_err(|error| format!("/dev/null: {error}"))?;
+    rustix::stdio::dup2_stdout(&null).map_err(|error| format!("standard output: {error}"))
+}
+
+/// Unmounts and waits until the daemon has closed the volume.
+pub fn umount(mountpoint: &Path) -> Result<(), String> {
+    // Not `canonicalize` alone: where the daemon has died, its root can't be asked.
+    let canonical = mountpoint
+        .canonicalize()
+        .or_else(|error| match error.raw_os_error() == Some(rustix::io::Errno::NOTCONN.raw_os_error()) {
+            true => std::path::absolute(mountpoint),
+            false => Err(error),
+        })
+        .map_err(|error| format!("{}: {error}", mountpoint.display()))?;
+    if !mounts::volumes()?.iter().any(|volume| volume.mountpoint == canonical) {
+        return Err(format!("{}: no VexFS volume is mounted there", mountpoint.display()));
+    }
+    let daemon = daemon_of(&canonical);
+    unmount(&canonical, None, false).map_err(|error| {
+        let busy = error.raw_os_error() == Some(rustix::io::Errno::BUSY.raw_os_error());
+        let hint = if busy { " (files are open, or a shell stands in it)" } else { "" };
+        format!("{}: {error}{hint}", mountpoint.display())
+    })?;
+    if let Some(daemon) = daemon {
+        let mut fds = [PollFd::new(&daemon, PollFlags::IN)];
+        // Sealing what is in the head may take its time; the data is safe meanwhile.
+        rustix::event::poll(&mut fds, None).map_err(|error| format!("waiting for the daemon: {error}"))?;
+    }
+    Ok(())
+}
+
+/// The daemon's process, if it still answers.
+fn daemon_of(mountpoint: &Path) -> Option<rustix::fd::OwnedFd> {
+    let bytes = std::fs::read(mountpoint.join(".vexfs/stats.json")).ok()?;
+    let stats: serde_json::Value = serde_json::from_slice(&bytes).ok()?;
+    let pid = Pid::from_raw(i32::try_from(stats.get("pid")?.as_i64()?).ok()?)?;
+    pidfd_open(pid, PidfdFlags::empty()).ok()
+}
