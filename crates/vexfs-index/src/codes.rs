@@ -225,6 +225,17 @@ impl Coder {
         false
     }
 
+    /// The divisor of what is added to a distance between two neighbours before one crowds the other out: a tenth
+    /// where keys are distances, which finds 0.5 to 1 percentage point more on SIFT for the same ef; nothing where
+    /// they are products, which have no zero.
+    pub fn slack(&self) -> u32 {
+        if self.space.metric() == Metric::InnerProduct {
+            u32::MAX
+        } else {
+            10
+        }
+    }
+
     /// Makes `out` a query of a coded row, to compare it with others while a graph is built.
     pub fn query_of(&self, codes: &[u8], out: &mut CodedQuery) {
         out.bytes.clear();

@@ -326,7 +326,7 @@ impl Linker<'_> {
         }
     }
 
-    /// The paper's heuristic (its algorithm 4 without the options): of `sorted`, nearest first, into `chosen` at most
+    /// The paper's heuristic (its algorithm 4 without the options) with a little slack, as in DiskANN: of `sorted`, nearest first, into `chosen` at most
     /// `most` of which none is nearer to another chosen one than to the node.
     fn choose(&self, most: usize, bench: &mut Bench) {
         let Bench {
@@ -339,6 +339,7 @@ impl Linker<'_> {
         } = bench;
         chosen.clear();
         ids.clear();
+        let slack = self.coder.slack();
         for (key, node) in sorted.iter() {
             if ids.len() >= most {
                 break;
@@ -347,7 +348,9 @@ impl Linker<'_> {
             let crowded = ids.chunks(4).any(|some| {
                 keys.resize(4, 0);
                 other.keys(self.graph.codes.bytes(), some, keys);
-                keys[..some.len()].iter().any(|between| between < key)
+                keys[..some.len()]
+                    .iter()
+                    .any(|between| between.saturating_add(between / slack) < *key)
             });
             if !crowded {
                 ids.push(*node);

@@ -3,6 +3,7 @@
 //! The graph and the codes are copied to huge pages when a file is opened, and every link is checked then; the full
 //! vectors stay where they are, mapped.
 
+use std::cell::Cell;
 use std::sync::atomic::Ordering;
 
 use crate::build::M;
@@ -45,7 +46,7 @@ pub struct FormatError(pub(crate) &'static str);
 /// See the module.
 pub struct Sealed {
     space: Space,
-    vectors: Region,
+    pub(crate) vectors: Region,
     nodes: usize,
     /// `None` where an exact scan is as good.
     graph: Option<Graph>,
@@ -425,7 +426,13 @@ impl Index for Sealed {
                 if walk < scan {
                     // A filter that allows what lies far from the query makes walks long: no longer than the scan.
                     budget.give_up_after(scan as u64);
-                    let accept = |node: u32| request.allows(node);
+                    let (asked, passed) = (Cell::new(0u32), Cell::new(0u32));
+                    let accept = |node: u32| {
+                        let allowed = request.allows(node);
+                        asked.set(asked.get() + 1);
+                        passed.set(passed.get() + u32::from(allowed));
+                        allowed
+                    };
                     match walker.nearest_allowed(
                         query,
                         &prepared,
@@ -436,6 +443,11 @@ impl Index for Sealed {
                     ) {
                         Err(SearchError::WorkLimit) if budget.gave_up() => scratch.best.clear(),
                         other => other?,
+                    }
+                    // Much less allowed around the query than elsewhere: what is nearest may lie where the walk
+                    // never came, so only the scan is sure.
+                    if (passed.get() as f32) < 0.5 * share * asked.get() as f32 {
+                        scratch.best.clear();
                     }
                     budget.go_on();
                 }
