@@ -300,23 +300,22 @@ impl Files {
     pub fn open(&self, id: u64, flags: i32) -> Result<Handle, Errno> {
         let node = self.nodes.get(id)?;
         let flags = OFlags::from_bits_retain(flags as u32);
-        let writable = flags.intersects(OFlags::WRONLY | OFlags::RDWR);
-        let dropped =
-            OFlags::NOFOLLOW | OFlags::CREATE | OFlags::EXCL | OFlags::DIRECT | OFlags::TRUNC | OFlags::RWMODE;
+        let writable = flags.intersects(OFlags::WRONLY | OFlags::RDWR | OFlags::TRUNC);
+        let dropped = OFlags::NOFOLLOW | OFlags::CREATE | OFlags::EXCL | OFlags::DIRECT | OFlags::RWMODE;
         let kept = flags.difference(dropped) | OFlags::CLOEXEC;
         let open = |mode: OFlags| rustix::fs::openat(CWD, node.proc_path(), kept | mode, Mode::empty());
-        let fd = match writable {
-            true => open(OFlags::RDWR).or_else(|_| open(flags & OFlags::RWMODE))?,
-            false => open(OFlags::RDONLY)?,
-        };
-        Ok(self.handle(node, fd, writable))
-    }
-
-    fn handle(&self, node: Arc<Node>, fd: OwnedFd, writable: bool) -> Handle {
-        if writable {
-            node.writers.fetch_add(1, Ordering::AcqRel);
+        if !writable {
+            return Ok(Handle { file: File::from(open(OFlags::RDONLY)?), node, writable });
         }
-        Handle { file: File::from(fd), node, writable }
+        // Counted before the file may be truncated: until close its old vectors stand.
+        node.writers.fetch_add(1, Ordering::AcqRel);
+        match open(OFlags::RDWR).or_else(|_| open(flags & OFlags::RWMODE)) {
+            Ok(fd) => Ok(Handle { file: File::from(fd), node, writable }),
+            Err(errno) => {
+                node.writers.fetch_sub(1, Ordering::AcqRel);
+                Err(errno)
+            }
+        }
     }
 
     /// Makes a file and opens it.
@@ -339,7 +338,10 @@ impl Files {
         let fd = caller.identify()?.act(|| rustix::fs::openat(&parent.fd, name, made, mode_bits))??;
         let entry = self.enter(&parent, name, true)?;
         let node = self.nodes.get(entry.id)?;
-        Ok((entry, self.handle(node, fd, writable)))
+        if writable {
+            node.writers.fetch_add(1, Ordering::AcqRel);
+        }
+        Ok((entry, Handle { file: File::from(fd), node, writable }))
     }
 
     /// Reads.

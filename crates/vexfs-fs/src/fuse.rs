@@ -11,8 +11,8 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
-    AccessFlags, BackingId, BsdFileFlags, Config, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType, Filesystem,
-    FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags, RenameFlags, ReplyAttr,
+    AccessFlags, BackingId, BsdFileFlags, Config, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType,
+    Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr,
     ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen,
     ReplyStatfs, ReplyWrite, ReplyXattr, Request, Session, SessionACL, TimeOrNow, WriteFlags,
 };
@@ -101,9 +101,9 @@ fn attr(id: u64, stat: &Stat) -> FileAttr {
         ino: INodeNo(id),
         size: stat.st_size as u64,
         blocks: stat.st_blocks as u64,
-        atime: time(stat.st_atime, stat.st_atime_nsec as u64),
-        mtime: time(stat.st_mtime, stat.st_mtime_nsec as u64),
-        ctime: time(stat.st_ctime, stat.st_ctime_nsec as u64),
+        atime: time(stat.st_atime, stat.st_atime_nsec),
+        mtime: time(stat.st_mtime, stat.st_mtime_nsec),
+        ctime: time(stat.st_ctime, stat.st_ctime_nsec),
         crtime: UNIX_EPOCH,
         kind: kind(Kind::from_raw_mode(stat.st_mode)),
         perm: (stat.st_mode & 0o7777) as u16,
@@ -192,7 +192,11 @@ impl Fuse {
 
     /// The inode's backing file: the one that is in use, or a new one. The lock is held across the ioctl, because two
     /// backing files of one inode would make the second open fail.
-    fn back(&self, handle: &Handle, open: impl FnOnce(&Handle) -> std::io::Result<BackingId>) -> Option<Arc<BackingId>> {
+    fn back(
+        &self,
+        handle: &Handle,
+        open: impl FnOnce(&Handle) -> std::io::Result<BackingId>,
+    ) -> Option<Arc<BackingId>> {
         if handle.node.kind != Kind::RegularFile || !self.passthrough.load(Ordering::Acquire) {
             return None;
         }
@@ -253,6 +257,7 @@ impl Filesystem for Fuse {
             InitFlags::FUSE_CACHE_SYMLINKS,
             InitFlags::FUSE_ASYNC_DIO,
             InitFlags::FUSE_AUTO_INVAL_DATA,
+            InitFlags::FUSE_ATOMIC_O_TRUNC,
         ];
         for flag in wanted {
             if config.add_capabilities(flag).is_err() {
@@ -394,9 +399,7 @@ impl Filesystem for Fuse {
         reply: ReplyEmpty,
     ) {
         let flags = rustix::fs::RenameFlags::from_bits_retain(flags.bits());
-        self.empty("rename", reply, || {
-            self.files.rename((real(parent)?, name), (real(newparent)?, newname), flags)
-        });
+        self.empty("rename", reply, || self.files.rename((real(parent)?, name), (real(newparent)?, newname), flags));
     }
 
     fn link(&self, _request: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
@@ -554,7 +557,9 @@ impl Filesystem for Fuse {
             let real = self.real_dir(
                 handle,
                 offset,
-                |reply: &mut ReplyDirectory, _, item| reply.add(INodeNo(item.inode), item.next, kind(item.kind), item.name),
+                |reply: &mut ReplyDirectory, _, item| {
+                    reply.add(INodeNo(item.inode), item.next, kind(item.kind), item.name)
+                },
                 &mut reply,
             )?;
             if !real {
@@ -577,7 +582,9 @@ impl Filesystem for Fuse {
         mut reply: ReplyDirectoryPlus,
     ) {
         if ino.0 >= VIRTUAL_BASE {
-            return match guarded("readdirplus", || self.list_virtual_plus(caller(request), ino.0, handle, offset, &mut reply)) {
+            return match guarded("readdirplus", || {
+                self.list_virtual_plus(caller(request), ino.0, handle, offset, &mut reply)
+            }) {
                 Ok(()) => reply.ok(),
                 Err(error) => reply.error(error),
             };
@@ -844,41 +851,15 @@ pub struct Loops {
     pub allow_other: bool,
 }
 
-fn config(loops: &Loops, options: Vec<MountOption>) -> Config {
-    let mut config = Config::default();
-    config.mount_options = options;
-    config.acl = if loops.allow_other { SessionACL::All } else { SessionACL::Owner };
-    config.n_threads = Some(loops.threads);
-    config.clone_fd = true;
-    config
-}
-
 /// Serves a mount that was made with this `/dev/fuse` descriptor until it is unmounted. `ready` is called when the
 /// kernel has been answered.
 pub fn serve(fuse: Fuse, device: OwnedFd, loops: &Loops, ready: impl FnOnce()) -> std::io::Result<()> {
-    let config = config(loops, Vec::new());
+    // The mount itself is made by `mount`: fuser 0.18.0 may unmount what somebody else mounted there later.
+    let mut config = Config::default();
+    config.acl = if loops.allow_other { SessionACL::All } else { SessionACL::Owner };
+    config.n_threads = Some(loops.threads);
+    config.clone_fd = true;
     let session = Session::from_fd(fuse, device, config.acl, config)?;
-    ready();
-    session.run()
-}
-
-/// Mounts through fusermount3, for users without privileges, and serves.
-pub fn mount_and_serve(
-    fuse: Fuse,
-    mountpoint: &Path,
-    source: &str,
-    options: &[String],
-    loops: &Loops,
-    ready: impl FnOnce(),
-) -> std::io::Result<()> {
-    let mut all = vec![
-        // fusermount3 takes options by comma.
-        MountOption::FSName(source.replace(',', "_")),
-        MountOption::Subtype("vexfs".to_owned()),
-        MountOption::DefaultPermissions,
-    ];
-    all.extend(options.iter().map(|option| MountOption::CUSTOM(option.clone())));
-    let session = Session::new(fuse, mountpoint, &config(loops, all))?;
     ready();
     session.run()
 }

@@ -40,7 +40,7 @@ impl Listing {
 
     /// A descriptor of the directory.
     pub fn descriptor(&self) -> Result<OwnedFd, Errno> {
-        Ok(rustix::io::dup(&self.fd)?)
+        rustix::io::dup(&self.fd)
     }
 
     /// Gives entries from a cookie on (0: the first) until `add` says that there is no more room.

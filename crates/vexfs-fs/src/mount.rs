@@ -184,7 +184,7 @@ fn stack_depth(source: &Source) -> u32 {
     const OVERLAYFS: i64 = 0x794c_7630;
     const FUSE: i64 = 0x6573_5546;
     match rustix::fs::fstatfs(source.root()) {
-        Ok(stat) if [OVERLAYFS, FUSE].contains(&(stat.f_type as i64)) => 2,
+        Ok(stat) if [OVERLAYFS, FUSE].contains(&stat.f_type) => 2,
         _ => 1,
     }
 }
@@ -236,7 +236,9 @@ fn start(
     let parsed = parse(options)?;
     let loops = Loops { threads: LOOPS, allow_other: parsed.allow_other };
     let device = match openat(CWD, "/dev/fuse", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
-        Ok(device) => device,
+        Ok(device) => Some(device),
+        // fusermount3 has the rights that we haven't.
+        Err(Errno::ACCESS | Errno::PERM) => None,
         Err(Errno::NOENT | Errno::NXIO | Errno::NODEV) => {
             return Err(error("/dev/fuse", "FUSE is missing: is the fuse kernel module there?"));
         }
@@ -247,35 +249,23 @@ fn start(
         let tell = tell.clone();
         move || drop(tell.send(Ok(())))
     };
-    let privileged = match mount_directly(&device, mountpoint, source, &parsed) {
-        Ok(()) => true,
-        Err(Errno::PERM) => false,
-        Err(why) => return Err(error(mountpoint.display(), io::Error::from(why))),
+    let device = match device.map(|device| (mount_directly(&device, mountpoint, source, &parsed), device)) {
+        Some((Ok(()), device)) => device,
+        Some((Err(Errno::PERM), _)) | None => mount_by_helper(mountpoint, source, &parsed)?,
+        Some((Err(why), _)) => return Err(error(mountpoint.display(), io::Error::from(why))),
     };
-    let (mountpoint, source) = (mountpoint.to_owned(), source.to_string_lossy().into_owned());
     let serve = move || {
-        let result = match privileged {
-            true => fuse::serve(fuse, device, &loops, ready),
-            false => {
-                drop(device);
-                fuse::mount_and_serve(fuse, &mountpoint, &source, &parsed.plain, &loops, ready)
-            }
-        };
+        let result = fuse::serve(fuse, device, &loops, ready);
         if let Err(why) = &result {
             // Nobody listens where serving had begun; the caller of `wait` gets the error then.
             drop(tell.send(Err(why.to_string())));
         }
         result
     };
-    let server = std::thread::Builder::new()
-        .name("vexfs-serve".to_owned())
-        .spawn(serve)
-        .map_err(|why| error("thread", why))?;
+    let server =
+        std::thread::Builder::new().name("vexfs-serve".to_owned()).spawn(serve).map_err(|why| error("thread", why))?;
     match told.recv() {
         Ok(Ok(())) => Ok(server),
-        Ok(Err(why)) if !privileged => {
-            Err(error("fusermount3", format!("{why} (without privileges the package fuse3 is needed)")))
-        }
         Ok(Err(why)) => Err(error("the FUSE handshake failed", why)),
         Err(_) => Err(MountError("the server ended before the mount answered".to_owned())),
     }
@@ -289,6 +279,54 @@ fn mount_directly(device: &OwnedFd, mountpoint: &Path, source: &Path, parsed: &P
         format!("fd={},rootmode=40000,user_id={user},group_id={group},default_permissions{other}", device.as_raw_fd());
     let data = CString::new(data).map_err(|_| Errno::INVAL)?;
     rustix::mount::mount(source, mountpoint, "fuse.vexfs", parsed.flags, Some(data.as_c_str()))
+}
+
+/// Without privileges fusermount3 mounts and sends us its `/dev/fuse` descriptor over a socket, its standard input.
+fn mount_by_helper(mountpoint: &Path, source: &Path, parsed: &Parsed) -> Result<OwnedFd, MountError> {
+    const HELPER: &str = "fusermount3";
+    let failed = |why: io::Error| error(HELPER, why);
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().map_err(failed)?;
+    // fusermount3 takes options by comma; a backslash keeps one in a name.
+    let name = source.to_string_lossy().replace('\\', "\\\\").replace(',', "\\,");
+    let mut options = format!("fsname={name},subtype=vexfs,default_permissions");
+    for option in parsed.plain.iter().map(String::as_str).chain(parsed.allow_other.then_some("allow_other")) {
+        options.push(',');
+        options.push_str(option);
+    }
+    let child = std::process::Command::new(HELPER)
+        .args(["-o", &options, "--"])
+        .arg(mountpoint)
+        .env("_FUSE_COMMFD", "0")
+        .stdin(OwnedFd::from(theirs))
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .map_err(|why| error(HELPER, format!("{why} (without privileges the package fuse3 is needed)")))?;
+    let device = receive_descriptor(&ours);
+    let output = child.wait_with_output().map_err(failed)?;
+    match device {
+        Ok(Some(device)) => Ok(device),
+        Ok(None) | Err(_) => {
+            let said = String::from_utf8_lossy(&output.stderr);
+            let said = said.trim().trim_start_matches("fusermount3: ");
+            Err(error(HELPER, said.lines().next().unwrap_or("it ended without a word")))
+        }
+    }
+}
+
+/// The one descriptor that the peer sends; `None` if it hangs up.
+fn receive_descriptor(socket: &std::os::unix::net::UnixStream) -> Result<Option<OwnedFd>, Errno> {
+    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut byte = [0];
+    let mut buffers = [io::IoSliceMut::new(&mut byte)];
+    recvmsg(socket, &mut buffers, &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    let sent = control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+        _ => None,
+    });
+    Ok(sent)
 }
 
 impl Mounted {
@@ -335,7 +373,11 @@ pub fn unmount(mountpoint: &Path, device: Option<u64>, lazily: bool) -> io::Resu
         other => return Ok(other?),
     }
     let mut command = std::process::Command::new("fusermount3");
-    command.arg("-u").args(lazily.then_some("-z")).arg("--").arg(std::ffi::OsStr::from_bytes(mountpoint.as_os_str().as_bytes()));
+    command
+        .arg("-u")
+        .args(lazily.then_some("-z"))
+        .arg("--")
+        .arg(std::ffi::OsStr::from_bytes(mountpoint.as_os_str().as_bytes()));
     let output = command.output()?;
     match output.status.success() {
         true => Ok(()),

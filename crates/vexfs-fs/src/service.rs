@@ -62,7 +62,9 @@ impl Service<'_> {
             (Some(ef), None) if (1..=MAX_EF).contains(&ef) => Effort::Ef(ef),
             (Some(ef), None) => return Err(invalid(format!("ef is {ef}; 1 to {MAX_EF} can be asked for"))),
             (None, Some(recall)) if recall > 0.0 && recall <= 1.0 => Effort::Recall(recall),
-            (None, Some(recall)) => return Err(invalid(format!("recall is {recall}; it lies above 0 and at most at 1"))),
+            (None, Some(recall)) => {
+                return Err(invalid(format!("recall is {recall}; it lies above 0 and at most at 1")));
+            }
             (None, None) => Effort::default(),
         };
         if request.max_distance.is_some_and(f32::is_nan) {

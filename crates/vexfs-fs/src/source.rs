@@ -76,7 +76,7 @@ pub fn fingerprint(stat: &Stat) -> Fingerprint {
     let nanoseconds = |seconds: i64, nanos: u64| i128::from(seconds) * 1_000_000_000 + i128::from(nanos);
     Fingerprint {
         size: stat.st_size as u64,
-        mtime: nanoseconds(stat.st_mtime, stat.st_mtime_nsec as u64),
-        ctime: nanoseconds(stat.st_ctime, stat.st_ctime_nsec as u64),
+        mtime: nanoseconds(stat.st_mtime, stat.st_mtime_nsec),
+        ctime: nanoseconds(stat.st_ctime, stat.st_ctime_nsec),
     }
 }

@@ -116,7 +116,7 @@ pub struct Views {
     access: Access,
     nodes: Arc<Nodes>,
     facts: MountFacts,
-    /// `passthrough` or `page cache`, known after the first open.
+    /// `passthrough` or `page cache`; decided at the first open.
     pub io: Mutex<&'static str>,
     table: Mutex<Table>,
     open: RwLock<HashMap<u64, Arc<Mutex<Open>>>>,
@@ -131,7 +131,7 @@ impl Views {
             access,
             nodes,
             facts,
-            io: Mutex::new("unknown"),
+            io: Mutex::new("undecided"),
             table: Mutex::default(),
             open: RwLock::default(),
             next_handle: Mutex::new(0),
@@ -342,7 +342,13 @@ impl Views {
         Ok(data.len())
     }
 
-    fn take_lines(&self, caller: Caller, scope: FileId, request: &mut Vec<u8>, answer: &mut Vec<u8>) -> Result<(), Errno> {
+    fn take_lines(
+        &self,
+        caller: Caller,
+        scope: FileId,
+        request: &mut Vec<u8>,
+        answer: &mut Vec<u8>,
+    ) -> Result<(), Errno> {
         let whole = request.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
         let lines: Vec<u8> = request.drain(..whole).collect();
         for line in lines.split(|byte| *byte == b'\n').filter(|line| !line.iter().all(u8::is_ascii_whitespace)) {

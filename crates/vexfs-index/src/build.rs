@@ -21,10 +21,8 @@ const HELD_OUT: usize = 200;
 /// Hits that recall is measured over.
 const CALIBRATED_K: usize = 10;
 /// Values of ef that are tried, smallest first.
-const EFS: [u32; 24] = [
-    10, 12, 14, 17, 20, 24, 28, 34, 40, 48, 56, 68, 80, 96, 112, 136, 160, 192, 256, 384, 512,
-    1024, 2048, 4096,
-];
+const EFS: [u32; 24] =
+    [10, 12, 14, 17, 20, 24, 28, 34, 40, 48, 56, 68, 80, 96, 112, 136, 160, 192, 256, 384, 512, 1024, 2048, 4096];
 /// Links of a node at least and at most.
 pub(crate) const M: std::ops::RangeInclusive<usize> = 2..=512;
 
@@ -41,27 +39,18 @@ pub struct Sections {
 }
 
 /// Builds over whole `rows` with so many `threads`. `None` if `stop` was set meanwhile.
-pub fn build(
-    space: &Space,
-    rows: &[u8],
-    params: &Params,
-    threads: usize,
-    stop: &AtomicBool,
-) -> Option<Sections> {
+pub fn build(space: &Space, rows: &[u8], params: &Params, threads: usize, stop: &AtomicBool) -> Option<Sections> {
     let nodes = rows.len() / space.row_bytes();
     let m = params.m.clamp(*M.start(), *M.end());
     let stride = Coder::stride(space);
-    let levels: Vec<u8> = (0..nodes as u32)
-        .map(|node| level(params.seed, node, m) as u8)
-        .collect();
+    let levels: Vec<u8> = (0..nodes as u32).map(|node| level(params.seed, node, m) as u8).collect();
     // Highest levels first, otherwise as they came.
     let mut order: Vec<u32> = (0..nodes as u32).collect();
     order.sort_by_key(|row| Reverse(levels[*row as usize]));
     let graph = if (GRAPH_FROM..=MOST_NODES).contains(&nodes) {
         let top = usize::from(levels[order[0] as usize]);
-        let counts: Vec<usize> = (0..=top)
-            .map(|layer| order.partition_point(|row| usize::from(levels[*row as usize]) >= layer))
-            .collect();
+        let counts: Vec<usize> =
+            (0..=top).map(|layer| order.partition_point(|row| usize::from(levels[*row as usize]) >= layer)).collect();
         // Where memory is short an exact scan still works.
         Graph::new(counts, m, stride)
     } else {
@@ -77,10 +66,7 @@ pub fn build(
     };
     let coder = Coder::fit(space, rows);
     let mut values = Vec::new();
-    for (row, code) in order
-        .iter()
-        .zip(graph.codes.bytes_mut().chunks_exact_mut(stride))
-    {
+    for (row, code) in order.iter().zip(graph.codes.bytes_mut().chunks_exact_mut(stride)) {
         let size = space.row_bytes();
         coder.encode(&rows[*row as usize * size..][..size], &mut values, code);
     }
@@ -89,12 +75,7 @@ pub fn build(
     let held = HELD_OUT.min(nodes / 20);
     let level = |node: u32| usize::from(levels[order[node as usize] as usize]);
     let locks: Vec<Mutex<()>> = (0..nodes).map(|_| Mutex::new(())).collect();
-    let linker = Linker {
-        graph: &graph,
-        coder: &coder,
-        locks: &locks,
-        ef: params.ef_construction.clamp(m, 10_000),
-    };
+    let linker = Linker { graph: &graph, coder: &coder, locks: &locks, ef: params.ef_construction.clamp(m, 10_000) };
     // The rows that came last would all be from one place in sorted input: take every so many-th instead.
     let bottom = graph.counts.get(1).copied().unwrap_or(0).max(1);
     let step = ((nodes - bottom) / held.max(1)).max(1);
@@ -105,13 +86,7 @@ pub fn build(
         return None;
     }
     let walked = params.quantization == Quantization::Sq8 || coder.is_exact();
-    let walker = Walker {
-        space,
-        graph: &graph,
-        coder: walked.then_some(&coder),
-        rows,
-        order: Some(&order),
-    };
+    let walker = Walker { space, graph: &graph, coder: walked.then_some(&coder), rows, order: Some(&order) };
     let ef = calibrate(&walker, &last, &is_held, threads);
     link(&linker, &last, &level, threads, stop);
     if stop.load(Ordering::Acquire) {
@@ -120,13 +95,7 @@ pub fn build(
     Some(write(&walker, ef))
 }
 
-fn link(
-    linker: &Linker<'_>,
-    nodes: &[u32],
-    level: &(impl Fn(u32) -> usize + Sync),
-    threads: usize,
-    stop: &AtomicBool,
-) {
+fn link(linker: &Linker<'_>, nodes: &[u32], level: &(impl Fn(u32) -> usize + Sync), threads: usize, stop: &AtomicBool) {
     let next = AtomicUsize::new(0);
     let work = || {
         let mut bench = Bench::default();
@@ -158,9 +127,7 @@ fn calibrate(
     threads: usize,
 ) -> [u32; TARGETS.len()] {
     let next = AtomicUsize::new(0);
-    let found = (0..EFS.len())
-        .map(|_| AtomicUsize::new(0))
-        .collect::<Vec<_>>();
+    let found = (0..EFS.len()).map(|_| AtomicUsize::new(0)).collect::<Vec<_>>();
     let work = || {
         let mut scratch = Scratch::default();
         let mut numbers = Vec::new();
@@ -173,38 +140,19 @@ fn calibrate(
             let mut truth = BinaryHeap::new();
             for other in (0..walker.graph.nodes as u32).filter(|other| !is_held(*other)) {
                 let distance = exact.distance(walker.row(other));
-                keep(
-                    &mut truth,
-                    CALIBRATED_K,
-                    Candidate {
-                        distance,
-                        node: other,
-                    },
-                );
+                keep(&mut truth, CALIBRATED_K, Candidate { distance, node: other });
             }
             // Equally far is equally right.
-            let limit = truth
-                .peek()
-                .map_or(f32::INFINITY, |farthest| farthest.distance);
+            let limit = truth.peek().map_or(f32::INFINITY, |farthest| farthest.distance);
             for (n, ef) in EFS.iter().enumerate() {
                 let mut budget = Budget::unlimited();
-                let walked = walker.nearest(
-                    &numbers,
-                    &exact,
-                    CALIBRATED_K,
-                    *ef as usize,
-                    &mut scratch,
-                    &mut budget,
-                );
+                let walked = walker.nearest(&numbers, &exact, CALIBRATED_K, *ef as usize, &mut scratch, &mut budget);
                 let hits = if walked.is_ok() {
                     scratch.best.iter()
                 } else {
                     break;
                 };
-                let right = hits
-                    .filter(|hit| hit.distance <= limit)
-                    .count()
-                    .min(CALIBRATED_K);
+                let right = hits.filter(|hit| hit.distance <= limit).count().min(CALIBRATED_K);
                 found[n].fetch_add(right, Ordering::Relaxed);
                 if right == CALIBRATED_K {
                     // What more candidates find is no less.
@@ -245,15 +193,7 @@ fn renumber(graph: &Graph) -> Vec<u32> {
         }
     }
     // Layers stay prefixes: a node's level is how many layers hold it.
-    order.sort_by_key(|node| {
-        Reverse(
-            graph
-                .counts
-                .iter()
-                .filter(|count| (*node as usize) < **count)
-                .count(),
-        )
-    });
+    order.sort_by_key(|node| Reverse(graph.counts.iter().filter(|count| (*node as usize) < **count).count()));
     order
 }
 
@@ -275,34 +215,21 @@ fn write(walker: &Walker<'_>, ef: [u32; TARGETS.len()]) -> Sections {
         }
     }
     let mut vectors = Vec::with_capacity(order.len() * walker.space.row_bytes());
-    order
-        .iter()
-        .for_each(|node| vectors.extend_from_slice(walker.row(*node)));
+    order.iter().for_each(|node| vectors.extend_from_slice(walker.row(*node)));
     let mut codes = Vec::new();
     if walker.coder.is_some_and(|coder| !coder.is_exact()) {
         let stride = Coder::stride(walker.space);
         codes.reserve_exact(order.len() * stride);
-        order.iter().for_each(|node| {
-            codes.extend_from_slice(&graph.codes.bytes()[*node as usize * stride..][..stride])
-        });
+        order
+            .iter()
+            .for_each(|node| codes.extend_from_slice(&graph.codes.bytes()[*node as usize * stride..][..stride]));
     }
     let rows = order.iter().map(|node| walker.input(*node)).collect();
-    Sections {
-        order: rows,
-        vectors,
-        codes,
-        graph: bytes,
-    }
+    Sections { order: rows, vectors, codes, graph: bytes }
 }
 
 /// The graph section's header and coder.
-fn head(
-    m: usize,
-    nodes: usize,
-    counts: &[usize],
-    coder: Option<&Coder>,
-    ef: [u32; TARGETS.len()],
-) -> Vec<u8> {
+fn head(m: usize, nodes: usize, counts: &[usize], coder: Option<&Coder>, ef: [u32; TARGETS.len()]) -> Vec<u8> {
     let mut bytes = vec![0; header::SIZE];
     let mut put = |at: usize, value: u32| bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
     put(header::MAGIC, MAGIC);

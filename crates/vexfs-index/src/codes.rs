@@ -35,11 +35,7 @@ impl Coder {
     /// For these rows.
     pub fn fit(space: &Space, rows: &[u8]) -> Coder {
         if space.metric() == Metric::L2 && matches!(space.element(), Element::I8 | Element::U8) {
-            return Coder {
-                space: *space,
-                scale: 0.0,
-                centre: Vec::new(),
-            };
+            return Coder { space: *space, scale: 0.0, centre: Vec::new() };
         }
         let count = (rows.len() / space.row_bytes()).max(1);
         let step = (count / (SAMPLED / space.dim()).max(256)).max(1);
@@ -54,20 +50,12 @@ impl Coder {
                     *sum += f64::from(*value);
                 }
             }
-            centre = sums
-                .iter()
-                .map(|sum| (sum / sample.len().max(1) as f64) as f32)
-                .collect();
+            centre = sums.iter().map(|sum| (sum / sample.len().max(1) as f64) as f32).collect();
         }
         let mut sizes = Vec::with_capacity(sample.len() * space.dim());
         for row in &sample {
             Coder::numbers(space, row, &mut values);
-            sizes.extend(
-                values
-                    .iter()
-                    .enumerate()
-                    .map(|(at, v)| (v - centre.get(at).unwrap_or(&0.0)).abs()),
-            );
+            sizes.extend(values.iter().enumerate().map(|(at, v)| (v - centre.get(at).unwrap_or(&0.0)).abs()));
         }
         let most = sizes.iter().fold(0f32, |most, size| most.max(*size));
         // A few far-off values must not make all codes coarse; under inner product they are what is searched for.
@@ -78,16 +66,8 @@ impl Coder {
             let (_, usual, _) = sizes.select_nth_unstable_by(at, f32::total_cmp);
             most.min(*usual * 1.5)
         };
-        let scale = if reach > 0.0 && (reach / 127.0).is_normal() {
-            reach / 127.0
-        } else {
-            1.0
-        };
-        Coder {
-            space: *space,
-            scale,
-            centre,
-        }
+        let scale = if reach > 0.0 && (reach / 127.0).is_normal() { reach / 127.0 } else { 1.0 };
+        Coder { space: *space, scale, centre }
     }
 
     /// The numbers of a row as they are compared: under cosine of length 1.
@@ -95,12 +75,7 @@ impl Coder {
         out.clear();
         match space.element() {
             Element::F32 => out.extend(row.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))),
-            Element::F16 => out.extend(
-                row.as_chunks()
-                    .0
-                    .iter()
-                    .map(|b| f16::from_le_bytes(*b).to_f32()),
-            ),
+            Element::F16 => out.extend(row.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32())),
             Element::I8 => out.extend(row.iter().map(|b| f32::from(*b as i8))),
             Element::U8 => out.extend(row.iter().map(|b| f32::from(*b))),
         }
@@ -111,37 +86,20 @@ impl Coder {
 
     /// From stored bytes; `None` if they are not a coder of the space.
     pub fn from_bytes(space: &Space, bytes: &[u8]) -> Option<Coder> {
-        let values: Vec<f32> = bytes
-            .as_chunks()
-            .0
-            .iter()
-            .map(|b| f32::from_le_bytes(*b))
-            .collect();
+        let values: Vec<f32> = bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
         if bytes.len() != values.len() * 4 || !values.iter().all(|v| v.is_finite()) {
             return None;
         }
         let (scale, centre) = values.split_first()?;
-        let exact =
-            space.metric() == Metric::L2 && matches!(space.element(), Element::I8 | Element::U8);
-        let wanted = if exact || space.metric() == Metric::InnerProduct {
-            0
-        } else {
-            space.dim()
-        };
+        let exact = space.metric() == Metric::L2 && matches!(space.element(), Element::I8 | Element::U8);
+        let wanted = if exact || space.metric() == Metric::InnerProduct { 0 } else { space.dim() };
         let fits = centre.len() == wanted && if exact { *scale == 0.0 } else { *scale > 0.0 };
-        fits.then(|| Coder {
-            space: *space,
-            scale: *scale,
-            centre: centre.to_vec(),
-        })
+        fits.then(|| Coder { space: *space, scale: *scale, centre: centre.to_vec() })
     }
 
     /// What `from_bytes` reads.
     pub fn to_bytes(&self) -> Vec<u8> {
-        std::iter::once(&self.scale)
-            .chain(&self.centre)
-            .flat_map(|value| value.to_le_bytes())
-            .collect()
+        std::iter::once(&self.scale).chain(&self.centre).flat_map(|value| value.to_le_bytes()).collect()
     }
 
     /// Are the rows' own bytes the codes?
@@ -157,11 +115,7 @@ impl Coder {
     /// Writes the codes of a row; `out` is [`Coder::stride`] long and zeroed.
     pub fn encode(&self, row: &[u8], values: &mut Vec<f32>, out: &mut [u8]) {
         if self.is_exact() {
-            let flip = if self.space.element() == Element::I8 {
-                0x80
-            } else {
-                0
-            };
+            let flip = if self.space.element() == Element::I8 { 0x80 } else { 0 };
             for (out, byte) in out.iter_mut().zip(row) {
                 *out = byte ^ flip;
             }
@@ -193,11 +147,7 @@ impl Coder {
                 self.quantise(values, &mut out.bytes);
                 return false;
             }
-            let zero = if self.space.element() == Element::I8 {
-                128.0
-            } else {
-                0.0
-            };
+            let zero = if self.space.element() == Element::I8 { 128.0 } else { 0.0 };
             let mut exact = true;
             for (out, value) in out.bytes.iter_mut().zip(values) {
                 let shifted = (*value + zero).round();
@@ -207,14 +157,8 @@ impl Coder {
             return exact;
         }
         out.sum = Some(Sum::Products);
-        let most = values
-            .iter()
-            .fold(0f32, |most, value| most.max(value.abs()));
-        let inverse = if most > 0.0 && (127.0 / most).is_finite() {
-            127.0 / most
-        } else {
-            0.0
-        };
+        let most = values.iter().fold(0f32, |most, value| most.max(value.abs()));
+        let inverse = if most > 0.0 && (127.0 / most).is_finite() { 127.0 / most } else { 0.0 };
         let mut sum = 0i32;
         for (out, value) in out.bytes.iter_mut().zip(values) {
             let code = (*value * inverse).round() as i8;
@@ -229,11 +173,7 @@ impl Coder {
     /// where keys are distances, which finds 0.5 to 1 percentage point more on SIFT for the same ef; nothing where
     /// they are products, which have no zero.
     pub fn slack(&self) -> u32 {
-        if self.space.metric() == Metric::InnerProduct {
-            u32::MAX
-        } else {
-            10
-        }
+        if self.space.metric() == Metric::InnerProduct { u32::MAX } else { 10 }
     }
 
     /// Makes `out` a query of a coded row, to compare it with others while a graph is built.
@@ -243,12 +183,7 @@ impl Coder {
             out.sum = Some(Sum::Products);
             out.bytes.extend(codes.iter().map(|code| code ^ 0x80));
             // The padding is zero in codes and −128 as signed bytes: times zero it counts for nothing, but not here.
-            let sum: i32 = out
-                .bytes
-                .iter()
-                .take(self.space.dim())
-                .map(|code| i32::from(*code as i8))
-                .sum();
+            let sum: i32 = out.bytes.iter().take(self.space.dim()).map(|code| i32::from(*code as i8)).sum();
             out.bias = 128 * sum;
         } else {
             // Rows of one length are ordered by their differences as by their products.
@@ -280,8 +215,6 @@ fn normalise(values: &mut [f32]) {
     let square: f64 = values.iter().map(|v| f64::from(*v) * f64::from(*v)).sum();
     if square > 0.0 {
         let scale = 1.0 / square.sqrt();
-        values
-            .iter_mut()
-            .for_each(|v| *v = (f64::from(*v) * scale) as f32);
+        values.iter_mut().for_each(|v| *v = (f64::from(*v) * scale) as f32);
     }
 }

@@ -42,21 +42,12 @@ impl Index for Flat {
         let mut budget = Budget::new(request);
         scratch.best.clear();
         let distance = |node: u32| query.distance(self.row(Slot(node)));
-        scan(
-            0..self.len() as u32,
-            distance,
-            request,
-            &mut budget,
-            &mut scratch.best,
-        )?;
+        scan(0..self.len() as u32, distance, request, &mut budget, &mut scratch.best)?;
         deliver(&mut scratch.best, request, out);
         Ok(budget.stats)
     }
 
     fn memory(&self) -> Memory {
-        Memory {
-            index: 0,
-            vectors: self.rows.bytes().len() as u64,
-        }
+        Memory { index: 0, vectors: self.rows.bytes().len() as u64 }
     }
 }

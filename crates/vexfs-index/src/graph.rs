@@ -54,11 +54,7 @@ impl Graph {
     /// Without links. `None` where memory is short.
     pub fn new(counts: Vec<usize>, m: usize, stride: usize) -> Option<Graph> {
         let nodes = counts.first().copied().unwrap_or(0);
-        let upper = counts
-            .iter()
-            .skip(1)
-            .map(|count| (0..count * m).map(|_| AtomicU32::new(0)).collect())
-            .collect();
+        let upper = counts.iter().skip(1).map(|count| (0..count * m).map(|_| AtomicU32::new(0)).collect()).collect();
         Some(Graph {
             nodes,
             m,
@@ -79,10 +75,7 @@ impl Graph {
     pub fn list(&self, layer: usize, node: u32) -> &[AtomicU32] {
         let (words, room) = match layer {
             0 => (self.bottom.get(), 2 * self.m),
-            _ => (
-                self.upper.get(layer - 1).map_or(&[][..], |words| words),
-                self.m,
-            ),
+            _ => (self.upper.get(layer - 1).map_or(&[][..], |words| words), self.m),
         };
         let start = node as usize * room;
         words.get(start..start + room).unwrap_or_default()
@@ -98,22 +91,13 @@ impl Graph {
 
     #[inline]
     pub fn links<'a>(&'a self, layer: usize, node: u32) -> impl Iterator<Item = u32> + 'a {
-        let words = self
-            .list(layer, node)
-            .iter()
-            .map(|word| word.load(Ordering::Relaxed));
+        let words = self.list(layer, node).iter().map(|word| word.load(Ordering::Relaxed));
         words.take_while(|word| *word != 0).map(|word| word - 1)
     }
 
     /// Bytes kept.
     pub fn bytes(&self) -> usize {
-        self.codes.len()
-            + self.bottom.len()
-            + self
-                .upper
-                .iter()
-                .map(|words| words.len() * 4)
-                .sum::<usize>()
+        self.codes.len() + self.bottom.len() + self.upper.iter().map(|words| words.len() * 4).sum::<usize>()
     }
 
     /// From node 0 in the top layer down to `bottom` + 1, each time to the nearest node: its key and number.
@@ -137,12 +121,7 @@ impl Graph {
                 query.keys(self.codes.bytes(), batch, keys);
                 budget.stats.hops += 1;
                 budget.spend(batch.len() as u64)?;
-                let best = keys
-                    .iter()
-                    .copied()
-                    .zip(batch.iter().copied())
-                    .min()
-                    .unwrap_or(at);
+                let best = keys.iter().copied().zip(batch.iter().copied()).min().unwrap_or(at);
                 if best >= at {
                     break;
                 }
@@ -162,11 +141,7 @@ impl Graph {
         marks: &mut Marks,
         budget: &mut Budget,
     ) -> Result<&'p [u64], SearchError> {
-        let Pool {
-            entries,
-            batch,
-            keys,
-        } = pool;
+        let Pool { entries, batch, keys } = pool;
         let data = self.codes.bytes();
         marks.start(self.nodes);
         marks.meet(start.1);
@@ -267,27 +242,14 @@ impl Linker<'_> {
         let mut budget = Budget::unlimited();
         let mut query = std::mem::take(&mut bench.query);
         self.coder.query_of(self.code(node), &mut query);
-        if let Ok(mut start) = self
-            .graph
-            .descend(&query, level, &mut bench.pool, &mut budget)
-        {
+        if let Ok(mut start) = self.graph.descend(&query, level, &mut bench.pool, &mut budget) {
             for layer in (0..=level.min(self.graph.counts.len() - 1)).rev() {
-                let walked = self.graph.walk(
-                    &query,
-                    start,
-                    (self.ef, layer),
-                    &mut bench.pool,
-                    &mut bench.marks,
-                    &mut budget,
-                );
+                let walked =
+                    self.graph.walk(&query, start, (self.ef, layer), &mut bench.pool, &mut bench.marks, &mut budget);
                 let Ok(entries) = walked else { break };
                 bench.sorted.clear();
-                let found = entries
-                    .iter()
-                    .map(|entry| (entry_key(*entry), entry_node(*entry)));
-                bench
-                    .sorted
-                    .extend(found.filter(|(_, other)| *other != node));
+                let found = entries.iter().map(|entry| (entry_key(*entry), entry_node(*entry)));
+                bench.sorted.extend(found.filter(|(_, other)| *other != node));
                 if let Some(nearest) = bench.sorted.first() {
                     start = *nearest;
                 }
@@ -304,21 +266,12 @@ impl Linker<'_> {
     }
 
     fn write(&self, layer: usize, node: u32, chosen: &[(u32, u32)]) {
-        let _writing = self.locks[node as usize]
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let _writing = self.locks[node as usize].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let list = self.graph.list(layer, node);
         // Another may have linked back already: its link stays where there is room.
         let mut rest = Vec::new();
-        if list
-            .first()
-            .is_some_and(|word| word.load(Ordering::Relaxed) != 0)
-        {
-            rest.extend(
-                self.graph
-                    .links(layer, node)
-                    .filter(|old| !chosen.iter().any(|(_, new)| new == old)),
-            );
+        if list.first().is_some_and(|word| word.load(Ordering::Relaxed) != 0) {
+            rest.extend(self.graph.links(layer, node).filter(|old| !chosen.iter().any(|(_, new)| new == old)));
         }
         let all = chosen.iter().map(|(_, new)| *new).chain(rest);
         for (word, other) in list.iter().zip(all) {
@@ -329,14 +282,7 @@ impl Linker<'_> {
     /// The paper's heuristic (its algorithm 4 without the options) with a little slack, as in DiskANN: of `sorted`, nearest first, into `chosen` at most
     /// `most` of which none is nearer to another chosen one than to the node.
     fn choose(&self, most: usize, bench: &mut Bench) {
-        let Bench {
-            other,
-            sorted,
-            chosen,
-            ids,
-            keys,
-            ..
-        } = bench;
+        let Bench { other, sorted, chosen, ids, keys, .. } = bench;
         chosen.clear();
         ids.clear();
         let slack = self.coder.slack();
@@ -348,9 +294,7 @@ impl Linker<'_> {
             let crowded = ids.chunks(4).any(|some| {
                 keys.resize(4, 0);
                 other.keys(self.graph.codes.bytes(), some, keys);
-                keys[..some.len()]
-                    .iter()
-                    .any(|between| between.saturating_add(between / slack) < *key)
+                keys[..some.len()].iter().any(|between| between.saturating_add(between / slack) < *key)
             });
             if !crowded {
                 ids.push(*node);
@@ -361,9 +305,7 @@ impl Linker<'_> {
 
     fn link_back(&self, layer: usize, of: u32, node: u32, key: u32, bench: &mut Bench) {
         let list = self.graph.list(layer, of);
-        let _writing = self.locks[of as usize]
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let _writing = self.locks[of as usize].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let ids = &mut bench.ids;
         ids.clear();
         ids.extend(self.graph.links(layer, of));
@@ -376,21 +318,14 @@ impl Linker<'_> {
         }
         self.coder.query_of(self.code(of), &mut bench.other);
         bench.keys.resize(ids.len().max(4), 0);
-        bench
-            .other
-            .keys(self.graph.codes.bytes(), ids, &mut bench.keys);
+        bench.other.keys(self.graph.codes.bytes(), ids, &mut bench.keys);
         bench.sorted.clear();
-        bench
-            .sorted
-            .extend(bench.keys.iter().copied().zip(ids.iter().copied()));
+        bench.sorted.extend(bench.keys.iter().copied().zip(ids.iter().copied()));
         bench.sorted.push((key, node));
         bench.sorted.sort_unstable();
         self.choose(list.len(), bench);
         for (at, word) in list.iter().enumerate() {
-            word.store(
-                bench.chosen.get(at).map_or(0, |(_, other)| other + 1),
-                Ordering::Relaxed,
-            );
+            word.store(bench.chosen.get(at).map_or(0, |(_, other)| other + 1), Ordering::Relaxed);
         }
     }
 }

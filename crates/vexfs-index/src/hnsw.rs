@@ -28,25 +28,16 @@ pub(crate) fn descend(
     links: &mut Vec<u32>,
     budget: &mut Budget,
 ) -> Result<Candidate, SearchError> {
-    let mut at = Candidate {
-        node: entry,
-        distance: distance(entry),
-    };
+    let mut at = Candidate { node: entry, distance: distance(entry) };
     budget.spend(1)?;
     for layer in (bottom + 1..=top).rev() {
         loop {
             graph.neighbours(at.node, layer, links);
             budget.stats.hops += 1;
             let before = at;
-            for node in links
-                .iter()
-                .filter(|node| (**node as usize) < graph.nodes())
-            {
+            for node in links.iter().filter(|node| (**node as usize) < graph.nodes()) {
                 budget.spend(1)?;
-                at = at.min(Candidate {
-                    node: *node,
-                    distance: distance(*node),
-                });
+                at = at.min(Candidate { node: *node, distance: distance(*node) });
             }
             if at == before {
                 break;
@@ -67,13 +58,7 @@ pub(crate) fn walk_layer(
     scratch: &mut Scratch,
     budget: &mut Budget,
 ) -> Result<(), SearchError> {
-    let Scratch {
-        visited,
-        near,
-        best,
-        links,
-        ..
-    } = scratch;
+    let Scratch { visited, near, best, links, .. } = scratch;
     visited.start(graph.nodes());
     near.clear();
     best.clear();
@@ -98,10 +83,7 @@ pub(crate) fn walk_layer(
             if let Some(later) = links.get(n + PREFETCH) {
                 graph.prefetch(*later);
             }
-            let found = Candidate {
-                node: *node,
-                distance: distance(*node),
-            };
+            let found = Candidate { node: *node, distance: distance(*node) };
             if best.len() < ef || best.peek().is_some_and(|farthest| found < *farthest) {
                 near.push(Reverse(found));
                 if accept(*node) {
@@ -118,12 +100,7 @@ const PREFETCH: usize = 4;
 
 /// Chooses at most `m` of `sorted` (nearest first) so that none is nearer to another chosen one than to the node
 /// (the paper's heuristic, its algorithm 4 without the options).
-fn choose(
-    between: &impl Fn(u32, u32) -> f32,
-    sorted: &[Candidate],
-    m: usize,
-    chosen: &mut Vec<Candidate>,
-) {
+fn choose(between: &impl Fn(u32, u32) -> f32, sorted: &[Candidate], m: usize, chosen: &mut Vec<Candidate>) {
     chosen.clear();
     for candidate in sorted {
         if chosen.len() >= m {
@@ -146,10 +123,7 @@ pub(crate) struct Links {
 impl Links {
     pub fn new(m: usize, level: usize) -> Links {
         let room = 1 + 2 * m + level * (1 + m);
-        Links {
-            slots: (0..room).map(|_| AtomicU32::new(0)).collect(),
-            writing: Mutex::new(()),
-        }
+        Links { slots: (0..room).map(|_| AtomicU32::new(0)).collect(), writing: Mutex::new(()) }
     }
 
     fn layer(&self, m: usize, layer: usize) -> &[AtomicU32] {
@@ -165,12 +139,7 @@ impl Links {
         out.clear();
         if let [count, slots @ ..] = self.layer(m, layer) {
             let count = count.load(Ordering::Acquire) as usize;
-            out.extend(
-                slots
-                    .iter()
-                    .take(count)
-                    .map(|slot| slot.load(Ordering::Relaxed)),
-            );
+            out.extend(slots.iter().take(count).map(|slot| slot.load(Ordering::Relaxed)));
         }
     }
 
@@ -212,10 +181,7 @@ impl Entry {
     }
 
     fn set(&self, node: u32, layer: usize) {
-        self.packed.store(
-            (layer as u64) << 32 | u64::from(node + 1),
-            Ordering::Release,
-        );
+        self.packed.store((layer as u64) << 32 | u64::from(node + 1), Ordering::Release);
     }
 }
 
@@ -237,11 +203,7 @@ pub(crate) fn insert(
     distance: &impl Fn(u32) -> f32,
     scratch: &mut Scratch,
 ) {
-    let raising = graph
-        .entry()
-        .raising
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner);
+    let raising = graph.entry().raising.lock().unwrap_or_else(PoisonError::into_inner);
     let Some((entry, top)) = graph.entry().get() else {
         graph.entry().set(node, level);
         return;
@@ -249,36 +211,17 @@ pub(crate) fn insert(
     // The lock is kept only by one that raises the top: others may link beside it.
     let raising = (level > top).then_some(raising);
     let mut budget = Budget::unlimited();
-    let start = descend(
-        graph,
-        distance,
-        entry,
-        (top, level.min(top)),
-        &mut scratch.links,
-        &mut budget,
-    );
+    let start = descend(graph, distance, entry, (top, level.min(top)), &mut scratch.links, &mut budget);
     let Ok(mut start) = start else { return };
     let m = graph.m();
     for layer in (0..=level.min(top)).rev() {
         let accept = |other: u32| other != node;
-        let walked = walk_layer(
-            graph,
-            distance,
-            &accept,
-            start,
-            (graph.ef_construction(), layer),
-            scratch,
-            &mut budget,
-        );
+        let walked =
+            walk_layer(graph, distance, &accept, start, (graph.ef_construction(), layer), scratch, &mut budget);
         if walked.is_err() {
             return;
         }
-        let Scratch {
-            best,
-            sorted,
-            chosen,
-            ..
-        } = scratch;
+        let Scratch { best, sorted, chosen, .. } = scratch;
         sorted.clear();
         sorted.extend(best.drain());
         sorted.sort_unstable();
@@ -308,22 +251,14 @@ fn link_back(graph: &impl Growing, of: &Candidate, node: u32, layer: usize, scra
     let Some(links) = graph.links(of.node) else {
         return;
     };
-    let Scratch {
-        links: current,
-        sorted,
-        chosen,
-        ..
-    } = scratch;
+    let Scratch { links: current, sorted, chosen, .. } = scratch;
     let _writing = links.lock();
     links.read(m, layer, current);
     if current.contains(&node) {
         return;
     }
     sorted.clear();
-    sorted.push(Candidate {
-        node,
-        distance: of.distance,
-    });
+    sorted.push(Candidate { node, distance: of.distance });
     if current.len() < room {
         // Order doesn't matter to readers: append.
         if let [count, slots @ ..] = links.layer(m, layer)
@@ -334,10 +269,7 @@ fn link_back(graph: &impl Growing, of: &Candidate, node: u32, layer: usize, scra
         }
         return;
     }
-    sorted.extend(current.iter().map(|other| Candidate {
-        node: *other,
-        distance: graph.between(of.node, *other),
-    }));
+    sorted.extend(current.iter().map(|other| Candidate { node: *other, distance: graph.between(of.node, *other) }));
     sorted.sort_unstable();
     choose(&|a, b| graph.between(a, b), sorted, room, chosen);
     links.write(m, layer, chosen);

@@ -24,10 +24,7 @@ fn sum_f32(x: &[u8], row: &[u8], term: impl Fn(f32, f32) -> f32) -> f32 {
     let mut lanes = [0f32; LANES];
     let n = xs.len().min(rows.len());
     let whole = n / LANES * LANES;
-    for (x, row) in xs[..whole]
-        .chunks_exact(LANES)
-        .zip(rows[..whole].chunks_exact(LANES))
-    {
+    for (x, row) in xs[..whole].chunks_exact(LANES).zip(rows[..whole].chunks_exact(LANES)) {
         for lane in 0..LANES {
             lanes[lane] += term(f32::from_le_bytes(x[lane]), f32::from_le_bytes(row[lane]));
         }
@@ -49,10 +46,7 @@ fn sum_int(x: &[u8], row: &[u8], widen: impl Fn(u8) -> i16, term: impl Fn(i32, i
     for (x, row) in x.chunks(BLOCK).zip(row.chunks(BLOCK)) {
         let mut lanes = [0i32; LANES];
         let whole = x.len().min(row.len()) / LANES * LANES;
-        for (x, row) in x[..whole]
-            .chunks_exact(LANES)
-            .zip(row[..whole].chunks_exact(LANES))
-        {
+        for (x, row) in x[..whole].chunks_exact(LANES).zip(row[..whole].chunks_exact(LANES)) {
             for lane in 0..LANES {
                 lanes[lane] += term(i32::from(widen(x[lane])), i32::from(widen(row[lane])));
             }
@@ -130,25 +124,13 @@ macro_rules! variant {
                 l2_i8_body(x, row)
             }
 
-            pub(super) static KERNELS: Kernels = Kernels {
-                name: $name,
-                dot_f32,
-                l2_f32,
-                dot_u8,
-                l2_u8,
-                dot_i8,
-                l2_i8,
-            };
+            pub(super) static KERNELS: Kernels = Kernels { name: $name, dot_f32, l2_f32, dot_u8, l2_u8, dot_i8, l2_i8 };
         }
     };
 }
 
 #[cfg(target_arch = "x86_64")]
-variant!(
-    avx512,
-    "avx512-vnni",
-    "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c"
-);
+variant!(avx512, "avx512-vnni", "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
 variant!(avx2, "avx2", "avx2,fma,f16c");
 
@@ -167,9 +149,8 @@ fn available() -> Vec<&'static Kernels> {
     let mut all = Vec::new();
     #[cfg(target_arch = "x86_64")]
     {
-        let avx2 = is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("f16c");
+        let avx2 =
+            is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
         if avx2
             && is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
@@ -251,12 +232,7 @@ fn rows(kernels: &Kernels, space: &Space, one: &[u8], other: &[u8]) -> f32 {
                 let pieces = one.chunks(PIECE * 2).zip(other.chunks(PIECE * 2));
                 let sum = pieces.map(|(one, other)| {
                     let (mut a, mut b) = ([[0; 4]; PIECE], [[0; 4]; PIECE]);
-                    widened(
-                        kernels,
-                        space.metric(),
-                        widen(one, &mut a),
-                        widen(other, &mut b),
-                    )
+                    widened(kernels, space.metric(), widen(one, &mut a), widen(other, &mut b))
                 });
                 from_sum(space.metric(), sum.sum())
             }
@@ -326,43 +302,21 @@ impl Prepared {
     }
 
     fn with(kernels: &'static Kernels, space: &Space, query: &[f32]) -> Prepared {
-        let length = query
-            .iter()
-            .map(|v| f64::from(*v) * f64::from(*v))
-            .sum::<f64>()
-            .sqrt();
+        let length = query.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>().sqrt();
         let scale = match (space.metric(), space.element()) {
             (Metric::Cosine, Element::F32 | Element::F16) => 1.0 / length,
             _ => 1.0,
         };
-        let floats = || {
-            query
-                .iter()
-                .flat_map(|v| ((f64::from(*v) * scale) as f32).to_le_bytes())
-                .collect()
-        };
-        let whole = |low: f32, high: f32| {
-            query
-                .iter()
-                .all(|v| v.fract() == 0.0 && (low..=high).contains(v))
-        };
+        let floats = || query.iter().flat_map(|v| ((f64::from(*v) * scale) as f32).to_le_bytes()).collect();
+        let whole = |low: f32, high: f32| query.iter().all(|v| v.fract() == 0.0 && (low..=high).contains(v));
         let numbers = match space.element() {
             Element::F32 => Numbers::Row(floats()),
             Element::F16 => Numbers::Wide(floats()),
-            Element::U8 if whole(0.0, 255.0) => {
-                Numbers::Row(query.iter().map(|v| *v as u8).collect())
-            }
-            Element::I8 if whole(-128.0, 127.0) => {
-                Numbers::Row(query.iter().map(|v| *v as i8 as u8).collect())
-            }
+            Element::U8 if whole(0.0, 255.0) => Numbers::Row(query.iter().map(|v| *v as u8).collect()),
+            Element::I8 if whole(-128.0, 127.0) => Numbers::Row(query.iter().map(|v| *v as i8 as u8).collect()),
             Element::U8 | Element::I8 => Numbers::Fraction(query.to_vec()),
         };
-        Prepared {
-            space: *space,
-            numbers,
-            length: length as f32,
-            kernels,
-        }
+        Prepared { space: *space, numbers, length: length as f32, kernels }
     }
 
     /// Distance to a row of the space.
@@ -373,12 +327,7 @@ impl Prepared {
                 let pieces = query.chunks(PIECE * 4).zip(row.chunks(PIECE * 2));
                 let sum = pieces.map(|(query, row)| {
                     let mut wide = [[0; 4]; PIECE];
-                    widened(
-                        self.kernels,
-                        self.space.metric(),
-                        query,
-                        widen(row, &mut wide),
-                    )
+                    widened(self.kernels, self.space.metric(), query, widen(row, &mut wide))
                 });
                 from_sum(self.space.metric(), sum.sum())
             }
@@ -389,11 +338,7 @@ impl Prepared {
     fn fraction(&self, query: &[f32], row: &[u8]) -> f32 {
         let signed = self.space.element() == Element::I8;
         let number = |b: u8| {
-            if signed {
-                f32::from(b as i8)
-            } else {
-                f32::from(b)
-            }
+            if signed { f32::from(b as i8) } else { f32::from(b) }
         };
         let pairs = || query.iter().zip(row).map(|(x, b)| (*x, number(*b)));
         match self.space.metric() {

@@ -49,12 +49,7 @@ pub struct Params {
 
 impl Default for Params {
     fn default() -> Params {
-        Params {
-            m: 16,
-            ef_construction: 200,
-            quantization: Quantization::Sq8,
-            seed: 0x5eed,
-        }
+        Params { m: 16, ef_construction: 200, quantization: Quantization::Sq8, seed: 0x5eed }
     }
 }
 

@@ -8,9 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use crate::hnsw::{Entry, Growing, Links, Walk, descend, insert, level, walk_layer};
 use crate::kernels::{Prepared, between, prefetch};
 use crate::request::{Budget, Candidate, deliver, keep, scan};
-use crate::{
-    Effort, Index, Memory, Neighbor, Params, Request, Scratch, SearchError, Slot, Space, Stats,
-};
+use crate::{Effort, Index, Memory, Neighbor, Params, Request, Scratch, SearchError, Slot, Space, Stats};
 
 /// Below this many points an exact scan is as fast as a walk and never misses.
 const SCAN_BELOW: usize = 2_000;
@@ -55,10 +53,7 @@ impl Mutable {
     pub fn push(&self, row: &[u8]) -> Slot {
         let slot = self.nodes.push_with(|slot| Node {
             row: row.into(),
-            links: Links::new(
-                self.params.m,
-                level(self.params.seed, slot as u32, self.params.m),
-            ),
+            links: Links::new(self.params.m, level(self.params.seed, slot as u32, self.params.m)),
             claimed: AtomicBool::new(false),
             linked: AtomicBool::new(false),
         });
@@ -75,21 +70,11 @@ impl Mutable {
             return;
         }
         let distance = |other: u32| self.between(slot.0, other);
-        insert(
-            self,
-            slot.0,
-            level(self.params.seed, slot.0, self.params.m),
-            &distance,
-            scratch,
-        );
+        insert(self, slot.0, level(self.params.seed, slot.0, self.params.m), &distance, scratch);
         node.linked.store(true, Ordering::Release);
         self.linked.fetch_add(1, Ordering::AcqRel);
         let mut settled = self.settled.load(Ordering::Acquire);
-        while self
-            .nodes
-            .get(settled)
-            .is_some_and(|node| node.linked.load(Ordering::Acquire))
-        {
+        while self.nodes.get(settled).is_some_and(|node| node.linked.load(Ordering::Acquire)) {
             settled += 1;
         }
         self.settled.fetch_max(settled, Ordering::AcqRel);
@@ -97,15 +82,12 @@ impl Mutable {
 
     /// Points that are not linked yet.
     pub fn pending(&self) -> usize {
-        self.len()
-            .saturating_sub(self.linked.load(Ordering::Acquire))
+        self.len().saturating_sub(self.linked.load(Ordering::Acquire))
     }
 
     fn distance(&self, query: &Prepared, node: u32) -> f32 {
         // A node that is just being pushed by another thread is as far as can be.
-        self.nodes
-            .get(node as usize)
-            .map_or(f32::INFINITY, |node| query.distance(&node.row))
+        self.nodes.get(node as usize).map_or(f32::INFINITY, |node| query.distance(&node.row))
     }
 
     /// How many candidates a recall target asks for, where nothing was calibrated: a head is young. Measured on
@@ -172,9 +154,7 @@ impl Index for Mutable {
     }
 
     fn row(&self, slot: Slot) -> &[u8] {
-        self.nodes
-            .get(slot.0 as usize)
-            .map_or(&[], |node| &node.row)
+        self.nodes.get(slot.0 as usize).map_or(&[], |node| &node.row)
     }
 
     fn search(
@@ -188,41 +168,21 @@ impl Index for Mutable {
         let mut budget = Budget::new(request);
         let distance = |node: u32| self.distance(&query, node);
         let accept = |node: u32| request.allows(node) && self.nodes.get(node as usize).is_some();
-        let selective = request
-            .filter
-            .and_then(|f| f.selectivity())
-            .is_some_and(|share| share < SCAN_SELECTIVITY);
+        let selective = request.filter.and_then(|f| f.selectivity()).is_some_and(|share| share < SCAN_SELECTIVITY);
         let all = |budget: &mut Budget, scratch: &mut Scratch| {
             scratch.best.clear();
-            let there =
-                (0..self.len() as u32).filter(|node| self.nodes.get(*node as usize).is_some());
+            let there = (0..self.len() as u32).filter(|node| self.nodes.get(*node as usize).is_some());
             scan(there, distance, request, budget, &mut scratch.best)
         };
-        let exact =
-            request.exact || matches!(request.effort, Effort::Recall(recall) if recall >= 1.0);
+        let exact = request.exact || matches!(request.effort, Effort::Recall(recall) if recall >= 1.0);
         match self.entry.get() {
             Some((entry, top)) if !exact && !selective && self.len() >= SCAN_BELOW => {
                 // Read before the walk: what is linked meanwhile is met by the walk, by the scan, or by both.
                 let settled = self.settled.load(Ordering::Acquire);
                 let pending = self.pending() > 0;
-                let start = descend(
-                    self,
-                    &distance,
-                    entry,
-                    (top, 0),
-                    &mut scratch.links,
-                    &mut budget,
-                )?;
+                let start = descend(self, &distance, entry, (top, 0), &mut scratch.links, &mut budget)?;
                 let ef = self.ef(request);
-                walk_layer(
-                    self,
-                    &distance,
-                    &accept,
-                    start,
-                    (ef, 0),
-                    scratch,
-                    &mut budget,
-                )?;
+                walk_layer(self, &distance, &accept, start, (ef, 0), scratch, &mut budget)?;
                 let missed = scratch.best.len() < request.k;
                 if missed {
                     all(&mut budget, scratch)?;
@@ -230,14 +190,7 @@ impl Index for Mutable {
                     for node in settled as u32..self.len() as u32 {
                         if scratch.visited.meet(node) && accept(node) {
                             budget.spend(1)?;
-                            keep(
-                                &mut scratch.best,
-                                ef,
-                                Candidate {
-                                    distance: distance(node),
-                                    node,
-                                },
-                            );
+                            keep(&mut scratch.best, ef, Candidate { distance: distance(node), node });
                         }
                     }
                 }
@@ -252,14 +205,7 @@ impl Index for Mutable {
     }
 
     fn memory(&self) -> Memory {
-        let index = self
-            .nodes
-            .iter()
-            .map(|(_, node)| (size_of::<Node>() + node.links.bytes()) as u64)
-            .sum();
-        Memory {
-            index,
-            vectors: (self.len() * self.space.row_bytes()) as u64,
-        }
+        let index = self.nodes.iter().map(|(_, node)| (size_of::<Node>() + node.links.bytes()) as u64).sum();
+        Memory { index, vectors: (self.len() * self.space.row_bytes()) as u64 }
     }
 }

@@ -24,28 +24,15 @@ impl Huge {
     /// `None` where there is no such memory.
     pub fn zeroed(len: usize) -> Option<Huge> {
         if len == 0 {
-            return Some(Huge {
-                start: NonNull::<AtomicU32>::dangling().cast(),
-                len,
-            });
+            return Some(Huge { start: NonNull::<AtomicU32>::dangling().cast(), len });
         }
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         // SAFETY: a new anonymous mapping at an address of the kernel's choice overlaps nothing.
-        let start = unsafe {
-            mmap_anonymous(
-                std::ptr::null_mut(),
-                len,
-                ProtFlags::READ | ProtFlags::WRITE,
-                flags,
-            )
-        };
+        let start = unsafe { mmap_anonymous(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, flags) };
         let start = NonNull::new(start.ok()?)?;
         // SAFETY: the range is the mapping just made. Advice that isn't followed costs speed only.
         let _ = unsafe { madvise(start.as_ptr(), len, Advice::LinuxHugepage) };
-        Some(Huge {
-            start: start.cast(),
-            len,
-        })
+        Some(Huge { start: start.cast(), len })
     }
 
     pub fn bytes(&self) -> &[u8] {

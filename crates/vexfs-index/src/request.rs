@@ -115,9 +115,7 @@ impl PartialOrd for Candidate {
 }
 impl Ord for Candidate {
     fn cmp(&self, other: &Candidate) -> Ordering {
-        self.distance
-            .total_cmp(&other.distance)
-            .then(self.node.cmp(&other.node))
+        self.distance.total_cmp(&other.distance).then(self.node.cmp(&other.node))
     }
 }
 
@@ -228,13 +226,7 @@ impl Budget {
     }
 
     pub fn unlimited() -> Budget {
-        Budget {
-            stats: Stats::default(),
-            deadline: None,
-            most: u64::MAX,
-            next_look: u64::MAX,
-            own: u64::MAX,
-        }
+        Budget { stats: Stats::default(), deadline: None, most: u64::MAX, next_look: u64::MAX, own: u64::MAX }
     }
 
     /// Stops what comes next after so many more distances, to try another way.
@@ -259,10 +251,7 @@ impl Budget {
         }
         if self.stats.distances >= self.next_look {
             self.next_look = self.stats.distances.saturating_add(LOOK_EVERY);
-            if self
-                .deadline
-                .is_some_and(|deadline| Instant::now() >= deadline)
-            {
+            if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 return Err(SearchError::Deadline);
             }
         }
@@ -292,35 +281,18 @@ pub(crate) fn scan(
     for node in slots {
         if request.allows(node) {
             budget.spend(1)?;
-            keep(
-                best,
-                request.k,
-                Candidate {
-                    distance: distance(node),
-                    node,
-                },
-            );
+            keep(best, request.k, Candidate { distance: distance(node), node });
         }
     }
     Ok(())
 }
 
 /// Empties `best` into hits, nearest first.
-pub(crate) fn deliver(
-    best: &mut BinaryHeap<Candidate>,
-    request: &Request<'_>,
-    out: &mut Vec<Neighbor>,
-) {
+pub(crate) fn deliver(best: &mut BinaryHeap<Candidate>, request: &Request<'_>, out: &mut Vec<Neighbor>) {
     out.clear();
     while let Some(candidate) = best.pop() {
-        if request
-            .max_distance
-            .is_none_or(|most| candidate.distance <= most)
-        {
-            out.push(Neighbor {
-                slot: Slot(candidate.node),
-                distance: candidate.distance,
-            });
+        if request.max_distance.is_none_or(|most| candidate.distance <= most) {
+            out.push(Neighbor { slot: Slot(candidate.node), distance: candidate.distance });
         }
     }
     out.reverse();

@@ -12,9 +12,7 @@ use crate::graph::{Graph, MOST_NODES, entry_key, entry_node};
 use crate::hnsw::{MAX_LAYER, descend, walk_layer};
 use crate::kernels::{Prepared, prefetch};
 use crate::request::{Budget, Candidate, deliver, keep, scan};
-use crate::{
-    Effort, Index, Memory, Neighbor, Region, Request, Scratch, SearchError, Slot, Space, Stats,
-};
+use crate::{Effort, Index, Memory, Neighbor, Region, Request, Scratch, SearchError, Slot, Space, Stats};
 
 /// First bytes of the graph section.
 pub(crate) const MAGIC: u32 = 0x4752_4832;
@@ -63,12 +61,7 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
 
 impl Sealed {
     /// Opens sections that [`crate::build`] made. Any bytes give an index or an error.
-    pub fn open(
-        space: Space,
-        vectors: Region,
-        codes: Region,
-        graph: Region,
-    ) -> Result<Sealed, FormatError> {
+    pub fn open(space: Space, vectors: Region, codes: Region, graph: Region) -> Result<Sealed, FormatError> {
         let bytes = graph.bytes();
         if bytes.len() < header::SIZE || u32_at(bytes, header::MAGIC) != MAGIC {
             return Err(FormatError("no graph header"));
@@ -87,19 +80,12 @@ impl Sealed {
             u32::MAX => (None, header::SIZE),
             len => {
                 let end = header::SIZE + len as usize;
-                let stored = bytes
-                    .get(header::SIZE..end)
-                    .ok_or(FormatError("no coder"))?;
-                let coder = Coder::from_bytes(&space, stored)
-                    .ok_or(FormatError("not this space's coder"))?;
+                let stored = bytes.get(header::SIZE..end).ok_or(FormatError("no coder"))?;
+                let coder = Coder::from_bytes(&space, stored).ok_or(FormatError("not this space's coder"))?;
                 (Some(coder), end)
             }
         };
-        let stride = if coder.is_some() && layers > 0 {
-            Coder::stride(&space)
-        } else {
-            0
-        };
+        let stride = if coder.is_some() && layers > 0 { Coder::stride(&space) } else { 0 };
         let stored = coder.as_ref().is_some_and(|coder| !coder.is_exact());
         if Some(codes.bytes().len()) != nodes.checked_mul(if stored { stride } else { 0 }) {
             return Err(FormatError("codes of another length"));
@@ -108,9 +94,7 @@ impl Sealed {
         let mut length = at;
         for layer in 0..layers {
             let count = u32_at(bytes, header::COUNTS + layer * 4) as usize;
-            let within = counts
-                .last()
-                .map_or(count == nodes, |below| count <= *below);
+            let within = counts.last().map_or(count == nodes, |below| count <= *below);
             if !within || count == 0 {
                 return Err(FormatError("layers that don't lie in each other"));
             }
@@ -127,18 +111,10 @@ impl Sealed {
             *ef = u32_at(bytes, header::EF + n * 4).clamp(1, 1 << 20);
         }
         if layers == 0 {
-            return Ok(Sealed {
-                space,
-                vectors,
-                nodes,
-                graph: None,
-                coder,
-                ef,
-            });
+            return Ok(Sealed { space, vectors, nodes, graph: None, coder, ef });
         }
         // From here on the lengths are the file's own, so no damage can ask for more memory than it has bytes.
-        let mut hot =
-            Graph::new(counts, m, stride).ok_or(FormatError("no memory for the graph"))?;
+        let mut hot = Graph::new(counts, m, stride).ok_or(FormatError("no memory for the graph"))?;
         for layer in 0..layers {
             let limit = hot.counts[layer] as u32;
             let words = hot.lists(layer);
@@ -155,24 +131,14 @@ impl Sealed {
             Some(coder) if coder.is_exact() => {
                 let size = space.row_bytes();
                 let mut values = Vec::new();
-                for (row, code) in rows
-                    .chunks_exact(size)
-                    .zip(hot.codes.bytes_mut().chunks_exact_mut(stride))
-                {
+                for (row, code) in rows.chunks_exact(size).zip(hot.codes.bytes_mut().chunks_exact_mut(stride)) {
                     coder.encode(row, &mut values, code);
                 }
             }
             Some(_) => hot.codes.bytes_mut().copy_from_slice(codes.bytes()),
             None => {}
         }
-        Ok(Sealed {
-            space,
-            vectors,
-            nodes,
-            graph: Some(hot),
-            coder,
-            ef,
-        })
+        Ok(Sealed { space, vectors, nodes, graph: Some(hot), coder, ef })
     }
 
     /// Candidates to keep; `None`: only an exact scan will do.
@@ -239,35 +205,19 @@ impl Walker<'_> {
             return self.nearest_allowed(query, exact, (k, ef), &|_| true, scratch, budget);
         };
         scratch.best.clear();
-        let Scratch {
-            pool,
-            marks,
-            query: coded,
-            values,
-            best,
-            sorted,
-            ..
-        } = scratch;
+        let Scratch { pool, marks, query: coded, values, best, sorted, .. } = scratch;
         let is_exact = coder.query(query, values, coded);
         let start = self.graph.descend(coded, 0, pool, budget)?;
-        let entries = self
-            .graph
-            .walk(coded, start, (ef, 0), pool, marks, budget)?;
+        let entries = self.graph.walk(coded, start, (ef, 0), pool, marks, budget)?;
         let many = if is_exact { k } else { reranked(k) };
         let entries = &entries[..entries.len().min(many)];
         if is_exact {
-            let hits = entries.iter().map(|e| Candidate {
-                distance: entry_key(*e) as f32,
-                node: entry_node(*e),
-            });
+            let hits = entries.iter().map(|e| Candidate { distance: entry_key(*e) as f32, node: entry_node(*e) });
             best.extend(hits);
             return Ok(());
         }
         sorted.clear();
-        sorted.extend(entries.iter().map(|e| Candidate {
-            distance: 0.0,
-            node: entry_node(*e),
-        }));
+        sorted.extend(entries.iter().map(|e| Candidate { distance: 0.0, node: entry_node(*e) }));
         self.rerank(exact, k, scratch, budget)
     }
 
@@ -291,47 +241,15 @@ impl Walker<'_> {
                     coded.keys(self.graph.codes.bytes(), &[node], &mut key);
                     key[0] as f32
                 };
-                let start = descend(
-                    self.graph,
-                    &distance,
-                    0,
-                    (top, 0),
-                    &mut scratch.links,
-                    budget,
-                )
-                .and_then(|start| {
-                    walk_layer(
-                        self.graph,
-                        &distance,
-                        allowed,
-                        start,
-                        (ef, 0),
-                        scratch,
-                        budget,
-                    )
-                });
+                let start = descend(self.graph, &distance, 0, (top, 0), &mut scratch.links, budget)
+                    .and_then(|start| walk_layer(self.graph, &distance, allowed, start, (ef, 0), scratch, budget));
                 scratch.query = coded;
                 start?;
             }
             None => {
                 let distance = |node: u32| exact.distance(self.row(node));
-                let start = descend(
-                    self.graph,
-                    &distance,
-                    0,
-                    (top, 0),
-                    &mut scratch.links,
-                    budget,
-                )?;
-                walk_layer(
-                    self.graph,
-                    &distance,
-                    allowed,
-                    start,
-                    (ef, 0),
-                    scratch,
-                    budget,
-                )?;
+                let start = descend(self.graph, &distance, 0, (top, 0), &mut scratch.links, budget)?;
+                walk_layer(self.graph, &distance, allowed, start, (ef, 0), scratch, budget)?;
             }
         }
         let Scratch { best, sorted, .. } = scratch;
@@ -354,9 +272,7 @@ impl Walker<'_> {
         let size = self.space.row_bytes();
         let ask = |candidate: &Candidate| {
             let start = self.input(candidate.node) as usize * size;
-            (0..size.min(1024))
-                .step_by(64)
-                .for_each(|at| prefetch(self.rows, start + at));
+            (0..size.min(1024)).step_by(64).for_each(|at| prefetch(self.rows, start + at));
         };
         sorted.iter().take(3).for_each(ask);
         budget.spend(sorted.len() as u64)?;
@@ -365,14 +281,7 @@ impl Walker<'_> {
                 ask(later);
             }
             let distance = exact.distance(self.row(candidate.node));
-            keep(
-                best,
-                k,
-                Candidate {
-                    distance,
-                    node: candidate.node,
-                },
-            );
+            keep(best, k, Candidate { distance, node: candidate.node });
         }
         Ok(())
     }
@@ -433,14 +342,7 @@ impl Index for Sealed {
                         passed.set(passed.get() + u32::from(allowed));
                         allowed
                     };
-                    match walker.nearest_allowed(
-                        query,
-                        &prepared,
-                        (request.k, ef),
-                        &accept,
-                        scratch,
-                        &mut budget,
-                    ) {
+                    match walker.nearest_allowed(query, &prepared, (request.k, ef), &accept, scratch, &mut budget) {
                         Err(SearchError::WorkLimit) if budget.gave_up() => scratch.best.clear(),
                         other => other?,
                     }
@@ -457,13 +359,7 @@ impl Index for Sealed {
             // No walk, or one that didn't find enough of what the filter allows.
             scratch.best.clear();
             let distance = |node: u32| prepared.distance(self.row(Slot(node)));
-            scan(
-                0..self.nodes as u32,
-                distance,
-                request,
-                &mut budget,
-                &mut scratch.best,
-            )?;
+            scan(0..self.nodes as u32, distance, request, &mut budget, &mut scratch.best)?;
         }
         deliver(&mut scratch.best, request, out);
         Ok(budget.stats)

@@ -136,11 +136,7 @@ impl Space {
     /// 1 to [`MAX_DIM`] dimensions.
     pub fn new(dim: usize, metric: Metric, element: Element) -> Result<Space, SpaceError> {
         match dim {
-            1..=MAX_DIM => Ok(Space {
-                dim,
-                metric,
-                element,
-            }),
+            1..=MAX_DIM => Ok(Space { dim, metric, element }),
             _ => Err(SpaceError::Dimension(dim)),
         }
     }
@@ -172,11 +168,7 @@ impl Space {
         let scale = match (self.metric, self.element) {
             (Metric::Cosine, Element::F32 | Element::F16) => {
                 // In f64: the square of a small f32 is no f32.
-                1.0 / values
-                    .iter()
-                    .map(|v| f64::from(*v) * f64::from(*v))
-                    .sum::<f64>()
-                    .sqrt()
+                1.0 / values.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>().sqrt()
             }
             _ => 1.0,
         };
@@ -204,11 +196,7 @@ impl Space {
             };
             if !fits {
                 out.truncate(start);
-                return Err(VectorError::NotRepresentable {
-                    at,
-                    value: *value,
-                    element: self.element,
-                });
+                return Err(VectorError::NotRepresentable { at, value: *value, element: self.element });
             }
         }
         Ok(())
@@ -219,12 +207,7 @@ impl Space {
         out.clear();
         match self.element {
             Element::F32 => out.extend(row.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))),
-            Element::F16 => out.extend(
-                row.as_chunks()
-                    .0
-                    .iter()
-                    .map(|b| f16::from_le_bytes(*b).to_f32()),
-            ),
+            Element::F16 => out.extend(row.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32())),
             Element::I8 => out.extend(row.iter().map(|b| f32::from(*b as i8))),
             Element::U8 => out.extend(row.iter().map(|b| f32::from(*b))),
         }
@@ -233,10 +216,7 @@ impl Space {
     /// Can this be asked for?
     pub fn check_query(&self, values: &[f32]) -> Result<(), VectorError> {
         if values.len() != self.dim {
-            return Err(VectorError::WrongDimension {
-                got: values.len(),
-                want: self.dim,
-            });
+            return Err(VectorError::WrongDimension { got: values.len(), want: self.dim });
         }
         if let Some(at) = values.iter().position(|value| !value.is_finite()) {
             return Err(VectorError::NotFinite { at });

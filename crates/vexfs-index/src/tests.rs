@@ -17,10 +17,7 @@ impl Random {
     }
     /// Roughly normal: the sum of four uniforms.
     fn normal(&mut self) -> f32 {
-        (0..4)
-            .map(|_| (self.next() >> 40) as f32 / (1u64 << 24) as f32 - 0.5)
-            .sum::<f32>()
-            * 1.7
+        (0..4).map(|_| (self.next() >> 40) as f32 / (1u64 << 24) as f32 - 0.5).sum::<f32>() * 1.7
     }
 }
 
@@ -31,9 +28,7 @@ fn clustered(random: &mut Random, centres: &[Vec<f32>], element: Element) -> Vec
     centre
         .iter()
         .map(|c| match integers {
-            true => (60.0 + c * 20.0 + random.normal() * 12.0)
-                .round()
-                .clamp(1.0, 120.0),
+            true => (60.0 + c * 20.0 + random.normal() * 12.0).round().clamp(1.0, 120.0),
             false => c + random.normal() * 0.6,
         })
         .collect()
@@ -41,33 +36,18 @@ fn clustered(random: &mut Random, centres: &[Vec<f32>], element: Element) -> Vec
 
 fn data(space: &Space, n: usize, seed: u64) -> (Vec<u8>, Vec<Vec<f32>>) {
     let mut random = Random(seed | 1);
-    let centres: Vec<Vec<f32>> = (0..20)
-        .map(|_| (0..space.dim()).map(|_| random.normal()).collect())
-        .collect();
+    let centres: Vec<Vec<f32>> = (0..20).map(|_| (0..space.dim()).map(|_| random.normal()).collect()).collect();
     let mut rows = Vec::new();
     for _ in 0..n {
-        space
-            .encode(
-                &clustered(&mut random, &centres, space.element()),
-                &mut rows,
-            )
-            .unwrap();
+        space.encode(&clustered(&mut random, &centres, space.element()), &mut rows).unwrap();
     }
-    let queries = (0..60)
-        .map(|_| clustered(&mut random, &centres, space.element()))
-        .collect();
+    let queries = (0..60).map(|_| clustered(&mut random, &centres, space.element())).collect();
     (rows, queries)
 }
 
 fn seal(space: Space, rows: &[u8], params: &Params) -> Sealed {
     let sections = build(&space, rows, params, 2, &AtomicBool::new(false)).unwrap();
-    Sealed::open(
-        space,
-        region(&sections.vectors),
-        region(&sections.codes),
-        region(&sections.graph),
-    )
-    .unwrap()
+    Sealed::open(space, region(&sections.vectors), region(&sections.codes), region(&sections.graph)).unwrap()
 }
 
 /// Share of the true distances that the index found, over all queries.
@@ -76,22 +56,13 @@ fn recall(index: &dyn Index, rows: &[u8], queries: &[Vec<f32>], request: &Reques
     let (mut scratch, mut found, mut truth) = (Scratch::default(), Vec::new(), Vec::new());
     let (mut right, mut all) = (0, 0);
     for query in queries {
-        let plain = Request {
-            filter: None,
-            ..request.clone()
-        };
-        flat.search(query, &plain, &mut scratch, &mut truth)
-            .unwrap();
-        index
-            .search(query, request, &mut scratch, &mut found)
-            .unwrap();
+        let plain = Request { filter: None, ..request.clone() };
+        flat.search(query, &plain, &mut scratch, &mut truth).unwrap();
+        index.search(query, request, &mut scratch, &mut found).unwrap();
         assert_eq!(found.len(), truth.len());
         assert!(found.is_sorted_by(|a, b| a.distance <= b.distance));
         let limit = truth.last().unwrap().distance;
-        right += found
-            .iter()
-            .filter(|hit| hit.distance <= limit + limit.abs() * 1e-6)
-            .count();
+        right += found.iter().filter(|hit| hit.distance <= limit + limit.abs() * 1e-6).count();
         all += truth.len();
     }
     right as f64 / all as f64
@@ -126,24 +97,11 @@ fn default_effort_finds_what_is_near_in_every_space() {
 fn codes_can_be_left_out_and_exact_is_exact() {
     let space = Space::new(40, Metric::L2, Element::F32).unwrap();
     let (rows, queries) = data(&space, 3_000, 3);
-    let sealed = seal(
-        space,
-        &rows,
-        &Params {
-            quantization: Quantization::None,
-            ..Params::default()
-        },
-    );
+    let sealed = seal(space, &rows, &Params { quantization: Quantization::None, ..Params::default() });
     assert!(recall(&sealed, &rows, &queries, &Request::nearest(10)) >= 0.95);
-    let exact = Request {
-        exact: true,
-        ..Request::nearest(17)
-    };
+    let exact = Request { exact: true, ..Request::nearest(17) };
     assert_eq!(recall(&sealed, &rows, &queries, &exact), 1.0);
-    let all = Request {
-        effort: Effort::Recall(1.0),
-        ..Request::nearest(17)
-    };
+    let all = Request { effort: Effort::Recall(1.0), ..Request::nearest(17) };
     assert_eq!(recall(&sealed, &rows, &queries, &all), 1.0);
 }
 
@@ -172,31 +130,20 @@ fn a_filter_gives_k_hits_where_k_exist() {
         for step in [1, 2, 10, 100, 400, 2_999] {
             for known in [None, Some(1.0 / step as f32)] {
                 let filter = Every(step, known);
-                let request = Request {
-                    filter: Some(&filter),
-                    ..Request::nearest(10)
-                };
-                let exact = Request {
-                    exact: true,
-                    ..request.clone()
-                };
+                let request = Request { filter: Some(&filter), ..Request::nearest(10) };
+                let exact = Request { exact: true, ..request.clone() };
                 let (mut right, mut all) = (0, 0);
                 for query in &queries {
                     index.search(query, &exact, &mut scratch, &mut out).unwrap();
                     let limit = out.last().unwrap().distance;
                     assert_eq!(out.len(), 10.min(3_000usize.div_ceil(step as usize)));
-                    index
-                        .search(query, &request, &mut scratch, &mut out)
-                        .unwrap();
+                    index.search(query, &request, &mut scratch, &mut out).unwrap();
                     assert!(out.iter().all(|hit| filter.allows(hit.slot)));
                     assert_eq!(out.len(), 10.min(3_000usize.div_ceil(step as usize)));
                     right += out.iter().filter(|hit| hit.distance <= limit).count();
                     all += out.len();
                 }
-                assert!(
-                    right as f64 >= 0.95 * all as f64,
-                    "1 in {step}: {right} of {all}"
-                );
+                assert!(right as f64 >= 0.95 * all as f64, "1 in {step}: {right} of {all}");
             }
         }
     }
@@ -220,27 +167,17 @@ fn a_filter_that_allows_only_what_is_far_is_answered_in_full() {
     for share in [0.5, 0.1, 0.01] {
         let (mut right, mut all) = (0, 0);
         for query in &queries {
-            flat.search(query, &Request::nearest(4_000), &mut scratch, &mut out)
-                .unwrap();
+            flat.search(query, &Request::nearest(4_000), &mut scratch, &mut out).unwrap();
             let limit = out[(4_000.0 * (1.0 - share)) as usize].distance;
             let filter = Far(&flat, query, limit);
-            let request = Request {
-                filter: Some(&filter),
-                ..Request::nearest(10)
-            };
-            flat.search(query, &request, &mut scratch, &mut truth)
-                .unwrap();
-            sealed
-                .search(query, &request, &mut scratch, &mut out)
-                .unwrap();
+            let request = Request { filter: Some(&filter), ..Request::nearest(10) };
+            flat.search(query, &request, &mut scratch, &mut truth).unwrap();
+            sealed.search(query, &request, &mut scratch, &mut out).unwrap();
             assert_eq!(out.len(), truth.len());
             right += out.iter().filter(|hit| truth.contains(hit)).count();
             all += truth.len();
         }
-        assert!(
-            right as f64 >= 0.95 * all as f64,
-            "share {share}: {right} of {all}"
-        );
+        assert!(right as f64 >= 0.95 * all as f64, "share {share}: {right} of {all}");
     }
 }
 
@@ -250,29 +187,12 @@ fn limits_stop_a_search() {
     let (rows, queries) = data(&space, 3_000, 5);
     let sealed = seal(space, &rows, &Params::default());
     let (mut scratch, mut out) = (Scratch::default(), Vec::new());
-    let late = Request {
-        deadline: Some(std::time::Instant::now()),
-        ..Request::nearest(10)
-    };
-    assert_eq!(
-        sealed.search(&queries[0], &late, &mut scratch, &mut out),
-        Err(SearchError::Deadline)
-    );
-    let poor = Request {
-        max_distances: Some(20),
-        ..Request::nearest(10)
-    };
-    assert_eq!(
-        sealed.search(&queries[0], &poor, &mut scratch, &mut out),
-        Err(SearchError::WorkLimit)
-    );
-    let none = Request {
-        max_distance: Some(-1.0),
-        ..Request::nearest(10)
-    };
-    sealed
-        .search(&queries[0], &none, &mut scratch, &mut out)
-        .unwrap();
+    let late = Request { deadline: Some(std::time::Instant::now()), ..Request::nearest(10) };
+    assert_eq!(sealed.search(&queries[0], &late, &mut scratch, &mut out), Err(SearchError::Deadline));
+    let poor = Request { max_distances: Some(20), ..Request::nearest(10) };
+    assert_eq!(sealed.search(&queries[0], &poor, &mut scratch, &mut out), Err(SearchError::WorkLimit));
+    let none = Request { max_distance: Some(-1.0), ..Request::nearest(10) };
+    sealed.search(&queries[0], &none, &mut scratch, &mut out).unwrap();
     assert!(out.is_empty());
 }
 
@@ -287,17 +207,14 @@ fn degenerate_sets_are_searched() {
             space.encode(&[3.0], &mut rows).unwrap();
         }
         let sealed = seal(space, &rows, &Params::default());
-        sealed
-            .search(&[1.0], &Request::nearest(10), &mut scratch, &mut out)
-            .unwrap();
+        sealed.search(&[1.0], &Request::nearest(10), &mut scratch, &mut out).unwrap();
         assert_eq!(out.len(), 10.min(n));
         assert!(out.iter().all(|hit| hit.distance == 4.0));
         let head = Mutable::new(space, Params::default());
         for row in rows.chunks_exact(4) {
             head.link(head.push(row), &mut scratch);
         }
-        head.search(&[1.0], &Request::nearest(10), &mut scratch, &mut out)
-            .unwrap();
+        head.search(&[1.0], &Request::nearest(10), &mut scratch, &mut out).unwrap();
         assert_eq!(out.len(), 10.min(n));
     }
 }
@@ -306,25 +223,17 @@ fn degenerate_sets_are_searched() {
 fn points_are_found_while_others_are_pushed_and_linked() {
     let space = Space::new(12, Metric::L2, Element::F32).unwrap();
     let (rows, _) = data(&space, 6_000, 9);
-    let head = Mutable::new(
-        space,
-        Params {
-            ef_construction: 60,
-            ..Params::default()
-        },
-    );
+    let head = Mutable::new(space, Params { ef_construction: 60, ..Params::default() });
     let missed = std::sync::atomic::AtomicUsize::new(0);
     std::thread::scope(|scope| {
         for half in 0..2usize {
             let (head, rows, missed) = (&head, &rows, &missed);
             scope.spawn(move || {
-                let (mut scratch, mut out, mut query) =
-                    (Scratch::default(), Vec::new(), Vec::new());
+                let (mut scratch, mut out, mut query) = (Scratch::default(), Vec::new(), Vec::new());
                 for row in rows.chunks_exact(space.row_bytes()).skip(half).step_by(2) {
                     let slot = head.push(row);
                     space.decode(row, &mut query);
-                    head.search(&query, &Request::nearest(1), &mut scratch, &mut out)
-                        .unwrap();
+                    head.search(&query, &Request::nearest(1), &mut scratch, &mut out).unwrap();
                     if out[0].distance > 0.0 {
                         missed.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                     }
@@ -343,38 +252,16 @@ fn points_are_found_while_others_are_pushed_and_linked() {
 fn bad_vectors_are_told_apart() {
     let space = Space::new(2, Metric::Cosine, Element::F32).unwrap();
     let mut out = Vec::new();
-    assert_eq!(
-        space.encode(&[1.0], &mut out),
-        Err(VectorError::WrongDimension { got: 1, want: 2 })
-    );
-    assert_eq!(
-        space.encode(&[1.0, f32::NAN], &mut out),
-        Err(VectorError::NotFinite { at: 1 })
-    );
-    assert_eq!(
-        space.encode(&[f32::INFINITY, 0.0], &mut out),
-        Err(VectorError::NotFinite { at: 0 })
-    );
-    assert_eq!(
-        space.encode(&[0.0, 0.0], &mut out),
-        Err(VectorError::ZeroVector)
-    );
-    assert_eq!(
-        space.encode(&[3e38, 0.0], &mut out),
-        Err(VectorError::TooLong)
-    );
+    assert_eq!(space.encode(&[1.0], &mut out), Err(VectorError::WrongDimension { got: 1, want: 2 }));
+    assert_eq!(space.encode(&[1.0, f32::NAN], &mut out), Err(VectorError::NotFinite { at: 1 }));
+    assert_eq!(space.encode(&[f32::INFINITY, 0.0], &mut out), Err(VectorError::NotFinite { at: 0 }));
+    assert_eq!(space.encode(&[0.0, 0.0], &mut out), Err(VectorError::ZeroVector));
+    assert_eq!(space.encode(&[3e38, 0.0], &mut out), Err(VectorError::TooLong));
     let bytes = Space::new(2, Metric::L2, Element::U8).unwrap();
-    let error = VectorError::NotRepresentable {
-        at: 1,
-        value: 1.5,
-        element: Element::U8,
-    };
+    let error = VectorError::NotRepresentable { at: 1, value: 1.5, element: Element::U8 };
     assert_eq!(bytes.encode(&[3.0, 1.5], &mut out), Err(error));
     let halves = Space::new(1, Metric::L2, Element::F16).unwrap();
-    assert!(matches!(
-        halves.encode(&[1e6], &mut out),
-        Err(VectorError::NotRepresentable { at: 0, .. })
-    ));
+    assert!(matches!(halves.encode(&[1e6], &mut out), Err(VectorError::NotRepresentable { at: 0, .. })));
     assert!(out.is_empty(), "nothing of a refused vector stays");
     assert!(Space::new(0, Metric::L2, Element::F32).is_err());
     assert!(Space::new(MAX_DIM + 1, Metric::L2, Element::F32).is_err());
@@ -389,33 +276,15 @@ fn bad_vectors_are_told_apart() {
 fn damaged_sections_are_refused_or_searched_but_never_a_panic() {
     let space = Space::new(6, Metric::L2, Element::F32).unwrap();
     let (rows, queries) = data(&space, 1_200, 2);
-    let sections = build(
-        &space,
-        &rows,
-        &Params {
-            m: 4,
-            ..Params::default()
-        },
-        2,
-        &AtomicBool::new(false),
-    )
-    .unwrap();
+    let sections = build(&space, &rows, &Params { m: 4, ..Params::default() }, 2, &AtomicBool::new(false)).unwrap();
     let mut random = Random(99);
     let (mut scratch, mut out) = (Scratch::default(), Vec::new());
     let mut refused = 0;
     for _ in 0..3_000 {
-        let mut parts = [
-            sections.vectors.clone(),
-            sections.codes.clone(),
-            sections.graph.clone(),
-        ];
+        let mut parts = [sections.vectors.clone(), sections.codes.clone(), sections.graph.clone()];
         let part = &mut parts[random.next() as usize % 3];
         // Half of the damage goes where the structure is.
-        let reach = if random.next().is_multiple_of(2) {
-            part.len().min(600)
-        } else {
-            part.len()
-        };
+        let reach = if random.next().is_multiple_of(2) { part.len().min(600) } else { part.len() };
         let at = random.next() as usize % reach;
         match random.next() % 3 {
             0 => part.truncate(at),
@@ -423,17 +292,10 @@ fn damaged_sections_are_refused_or_searched_but_never_a_panic() {
             _ => part[at] = random.next() as u8,
         }
         let [vectors, codes, graph] = parts;
-        match Sealed::open(
-            space,
-            region_from(vectors),
-            region_from(codes),
-            region_from(graph),
-        ) {
+        match Sealed::open(space, region_from(vectors), region_from(codes), region_from(graph)) {
             Err(_) => refused += 1,
             Ok(index) => {
-                index
-                    .search(&queries[0], &Request::nearest(5), &mut scratch, &mut out)
-                    .unwrap();
+                index.search(&queries[0], &Request::nearest(5), &mut scratch, &mut out).unwrap();
             }
         }
     }

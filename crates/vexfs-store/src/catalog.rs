@@ -150,9 +150,7 @@ const CACHE_BYTES: usize = 8 << 20;
 impl Catalog {
     /// Opens or makes the catalog.
     pub fn open(disk: &dyn Disk) -> Result<(Catalog, Rows), OpenError> {
-        let file = disk
-            .open(FILE)
-            .map_err(|source| OpenError::Io { what: FILE.to_owned(), source })?;
+        let file = disk.open(FILE).map_err(|source| OpenError::Io { what: FILE.to_owned(), source })?;
         let catalog = |error: &dyn fmt::Display| OpenError::Catalog(error.to_string());
         let mut this = Catalog { database: None, file };
         // The tables exist from the first moment, so that reading needs no special case.
@@ -208,10 +206,7 @@ impl Catalog {
                 redb::Error::Io(error) => error.raw_os_error(),
                 _ => None,
             };
-            CommitError::Io {
-                errno: errno.unwrap_or(rustix::io::Errno::IO.raw_os_error()),
-                message: error.to_string(),
-            }
+            CommitError::Io { errno: errno.unwrap_or(rustix::io::Errno::IO.raw_os_error()), message: error.to_string() }
         })
     }
 

@@ -37,7 +37,7 @@ pub struct Collection {
 impl Collection {
     /// From a row; `schema` if the row is complete.
     pub fn new(id: CollectionId, row: CollectionRow, schema: Option<Schema>) -> Arc<Collection> {
-        let parts = schema.as_ref().map(|schema| new_head(schema)).into_iter().collect();
+        let parts = schema.as_ref().map(new_head).into_iter().collect();
         Arc::new(Collection {
             id,
             row: Mutex::new(row),

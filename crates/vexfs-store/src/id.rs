@@ -5,9 +5,7 @@ use serde::{Deserialize, Serialize};
 /// A file or directory of the volume, by the inode number that the mount reports.
 ///
 /// Only a cache of identity: [`crate::Fingerprint`] tells whether the number still means the same bytes.
-#[derive(
-    Copy, Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,
-)]
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct FileId(pub u64);
 
 impl FileId {
@@ -16,15 +14,11 @@ impl FileId {
 }
 
 /// A collection; never used again after the collection is gone.
-#[derive(
-    Copy, Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,
-)]
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct CollectionId(pub u32);
 
 /// A sealed segment; names its file under `segments/`.
-#[derive(
-    Copy, Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,
-)]
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct SegmentId(pub u64);
 
 impl SegmentId {
@@ -36,7 +30,5 @@ impl SegmentId {
 
 /// One reading of a file's vectors. A point in a segment is live when its generation is the one that the
 /// catalog names for the file.
-#[derive(
-    Copy, Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,
-)]
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Generation(pub u64);

@@ -33,11 +33,7 @@ pub fn start(inner: &Arc<Inner>) -> io::Result<Vec<JoinHandle<()>>> {
         let inner = Arc::clone(inner);
         Builder::new().name(name.to_owned()).spawn(move || body(&inner))
     };
-    Ok(vec![
-        thread("vexfs-link", link_loop)?,
-        thread("vexfs-seal", seal_loop)?,
-        thread("vexfs-commit", commit_loop)?,
-    ])
+    Ok(vec![thread("vexfs-link", link_loop)?, thread("vexfs-seal", seal_loop)?, thread("vexfs-commit", commit_loop)?])
 }
 
 fn stopping(inner: &Inner) -> bool {
@@ -176,10 +172,8 @@ fn rewrite(inner: &Inner, collection: &Collection, inputs: &[Arc<Part>]) -> io::
             return Ok(false);
         };
         drop(rows);
-        let files: Vec<SegmentFile> = readings
-            .iter()
-            .map(|r| SegmentFile { file: r.file, generation: r.generation, rows: r.rows })
-            .collect();
+        let files: Vec<SegmentFile> =
+            readings.iter().map(|r| SegmentFile { file: r.file, generation: r.generation, rows: r.rows }).collect();
         let points: Vec<(u32, u32)> = sections.order.iter().map(|row| points[*row as usize]).collect();
         let id = {
             let mut writer = inner.writer.lock();
@@ -237,9 +231,11 @@ fn retire_if_empty(inner: &Inner, collection: &Collection) {
         return;
     }
     let mut writer = inner.writer.lock();
-    let in_use = inner.tree.read().files().any(|(_, row)| {
-        matches!(row.content, Content::Indexed { collection: id, .. } if id == collection.id)
-    });
+    let in_use = inner
+        .tree
+        .read()
+        .files()
+        .any(|(_, row)| matches!(row.content, Content::Indexed { collection: id, .. } if id == collection.id));
     if in_use {
         return;
     }

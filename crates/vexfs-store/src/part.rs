@@ -81,10 +81,17 @@ impl Reading {
     }
 }
 
+struct Head {
+    index: Mutable,
+    /// By slot: number of the reading, row.
+    points: boxcar::Vec<(u32, u32)>,
+    readings: boxcar::Vec<Arc<Reading>>,
+}
+
 enum Store {
-    Head { index: Mutable, points: boxcar::Vec<(u32, u32)>, readings: boxcar::Vec<Arc<Reading>> },
+    Head(Box<Head>),
     Flat { index: Flat, reading: Arc<Reading> },
-    Sealed { segment: Segment, readings: Vec<Arc<Reading>> },
+    Sealed { segment: Box<Segment>, readings: Vec<Arc<Reading>> },
 }
 
 /// See the module.
@@ -116,7 +123,7 @@ impl Part {
 
     /// An empty head.
     pub fn head(index: Mutable) -> Arc<Part> {
-        Part::new(Store::Head { index, points: boxcar::Vec::new(), readings: boxcar::Vec::new() })
+        Part::new(Store::Head(Box::new(Head { index, points: boxcar::Vec::new(), readings: boxcar::Vec::new() })))
     }
 
     /// One file's rows, found by exact scan until a segment is built of them.
@@ -126,13 +133,13 @@ impl Part {
 
     /// A segment; `readings` in the order of its files.
     pub fn sealed(segment: Segment, readings: Vec<Arc<Reading>>) -> Arc<Part> {
-        Part::new(Store::Sealed { segment, readings })
+        Part::new(Store::Sealed { segment: Box::new(segment), readings })
     }
 
     /// The searchable index.
     pub fn index(&self) -> &dyn Index {
         match &self.store {
-            Store::Head { index, .. } => index,
+            Store::Head(head) => &head.index,
             Store::Flat { index, .. } => index,
             Store::Sealed { segment, .. } => &segment.index,
         }
@@ -141,7 +148,7 @@ impl Part {
     /// The head's own index.
     pub fn as_head(&self) -> Option<&Mutable> {
         match &self.store {
-            Store::Head { index, .. } => Some(index),
+            Store::Head(head) => Some(&head.index),
             _ => None,
         }
     }
@@ -156,7 +163,8 @@ impl Part {
 
     /// Appends a reading's rows to a head; `None` if this is no head. One caller at a time.
     pub fn append(&self, reading: &Arc<Reading>, rows: &[u8]) -> Option<std::ops::Range<u32>> {
-        let Store::Head { index, points, readings } = &self.store else { return None };
+        let Store::Head(head) = &self.store else { return None };
+        let Head { index, points, readings } = &**head;
         let number = readings.push(Arc::clone(reading)) as u32;
         reading.count_in(&self.ended);
         let first = points.count() as u32;
@@ -171,7 +179,7 @@ impl Part {
     /// Reading (by number in this part) and row of a slot.
     fn point(&self, slot: Slot) -> Option<(u32, u32)> {
         match &self.store {
-            Store::Head { points, .. } => points.get(slot.0 as usize).copied(),
+            Store::Head(head) => head.points.get(slot.0 as usize).copied(),
             Store::Flat { .. } => Some((0, slot.0)),
             Store::Sealed { segment, .. } => segment.point(slot.0 as usize),
         }
@@ -179,7 +187,7 @@ impl Part {
 
     fn reading(&self, number: u32) -> Option<&Arc<Reading>> {
         match &self.store {
-            Store::Head { readings, .. } => readings.get(number as usize),
+            Store::Head(head) => head.readings.get(number as usize),
             Store::Flat { reading, .. } => (number == 0).then_some(reading),
             Store::Sealed { readings, .. } => readings.get(number as usize),
         }
@@ -193,16 +201,15 @@ impl Part {
 
     /// The slot of a row of a reading, if the part holds it.
     pub fn find(&self, wanted: &Arc<Reading>, row: u32) -> Option<Slot> {
-        let holds = |slot: &Slot| {
-            self.resolve(*slot).is_some_and(|(reading, at)| at == row && Arc::ptr_eq(reading, wanted))
-        };
+        let holds =
+            |slot: &Slot| self.resolve(*slot).is_some_and(|(reading, at)| at == row && Arc::ptr_eq(reading, wanted));
         (0..self.index().len() as u32).map(Slot).find(holds)
     }
 
     /// Every reading of the part.
     pub fn readings(&self) -> Vec<Arc<Reading>> {
         match &self.store {
-            Store::Head { readings, .. } => readings.iter().map(|(_, r)| Arc::clone(r)).collect(),
+            Store::Head(head) => head.readings.iter().map(|(_, r)| Arc::clone(r)).collect(),
             Store::Flat { reading, .. } => vec![Arc::clone(reading)],
             Store::Sealed { readings, .. } => readings.clone(),
         }
@@ -226,7 +233,7 @@ impl Part {
     /// Points given in but not linked into a graph yet.
     pub fn pending(&self) -> u64 {
         match &self.store {
-            Store::Head { index, .. } => index.pending() as u64,
+            Store::Head(head) => head.index.pending() as u64,
             Store::Flat { reading, .. } if !reading.ended() => u64::from(reading.rows),
             Store::Flat { .. } | Store::Sealed { .. } => 0,
         }
@@ -259,6 +266,16 @@ impl Part {
         let bits = ScopeBits { scope, epoch, inside: Arc::new(inside), rows };
         *self.scope.lock() = Some(bits.clone());
         bits
+    }
+
+    /// Has any file of the part a name below `scope`?
+    pub fn reaches(&self, tree: &RwLock<Tree>, scope: FileId) -> bool {
+        let bits = self.inside(tree, scope);
+        self.readings().iter().enumerate().any(|(number, reading)| {
+            // A reading newer than the bits is asked for by itself.
+            let inside = bits.inside.get(number).copied();
+            !reading.ended() && inside.unwrap_or_else(|| tree.read().in_scope(reading.file, scope))
+        })
     }
 
     /// The filter of a search; `None` if (but for the few that are being written now) every point passes.

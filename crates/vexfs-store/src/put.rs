@@ -59,7 +59,13 @@ impl Volume {
 
     /// Replaces a file's vectors by `rows` (encoded for the target's space). A search sees the old ones until
     /// this returns, the new ones afterwards. False if the file is gone meanwhile or a newer reading was faster.
-    pub fn put(&self, file: FileId, fingerprint: Fingerprint, target: &Target, rows: Vec<u8>) -> Result<bool, PutError> {
+    pub fn put(
+        &self,
+        file: FileId,
+        fingerprint: Fingerprint,
+        target: &Target,
+        rows: Vec<u8>,
+    ) -> Result<bool, PutError> {
         let inner = &*self.inner;
         let collection = &target.collection;
         let count = rows.len() / target.space.row_bytes();
@@ -239,14 +245,19 @@ impl Inner {
         collection
     }
 
-    fn complete(&self, writer: &mut Writer, collection: &Collection, dimension: usize, element: Element) -> Result<(), PutError> {
+    fn complete(
+        &self,
+        writer: &mut Writer,
+        collection: &Collection,
+        dimension: usize,
+        element: Element,
+    ) -> Result<(), PutError> {
         let schema = collection.row.lock().config.complete(dimension, element)?;
         if schema.space.dim() != dimension {
             let error = VectorError::WrongDimension { got: dimension, want: schema.space.dim() };
             return Err(PutError::Vector { row: 0, error });
         }
-        collection.row.lock().shape =
-            Some((dimension as u32, schema.space.element().to_string()));
+        collection.row.lock().shape = Some((dimension as u32, schema.space.element().to_string()));
         collection.complete(schema);
         writer.dirty_collections.insert(collection.id);
         self.changed(writer);
@@ -255,7 +266,14 @@ impl Inner {
 
     /// From one reading of a file to the next, in one version. Under the writer's lock. False (and `reading`
     /// never lives) if the file is gone or has a newer reading.
-    fn publish(&self, writer: &mut Writer, file: FileId, fingerprint: Fingerprint, content: Content, reading: Option<&Arc<Reading>>) -> bool {
+    fn publish(
+        &self,
+        writer: &mut Writer,
+        file: FileId,
+        fingerprint: Fingerprint,
+        content: Content,
+        reading: Option<&Arc<Reading>>,
+    ) -> bool {
         let mut readings = self.readings.lock();
         let mut tree = self.tree.write();
         let overtaken = match (readings.get(&file), reading) {

@@ -54,10 +54,9 @@ impl Config {
     fn metric(&self) -> Result<Metric, ConfigError> {
         let Some(name) = &self.metric else { return Ok(Metric::Cosine) };
         match name.parse() {
-            Err(_) => Err(ConfigError {
-                key: "metric",
-                message: format!("\"{name}\" is none of \"cosine\", \"l2\", \"ip\""),
-            }),
+            Err(_) => {
+                Err(ConfigError { key: "metric", message: format!("\"{name}\" is none of \"cosine\", \"l2\", \"ip\"") })
+            }
             Ok(metric) => Ok(metric),
         }
     }

@@ -132,23 +132,29 @@ fn raw_distance(distance: f32, metric: Metric) -> f32 {
     }
 }
 
+/// Collections that can be asked together, and their metric.
+type Chosen = (Metric, Vec<Arc<Collection>>);
+
 impl Inner {
     /// The collections that a query asks; `None` where the scope has none with points.
-    fn choose(&self, query: &Query) -> Result<Option<(Metric, Vec<Arc<Collection>>)>, SearchError> {
-        let tree = self.tree.read();
-        let related: Vec<Arc<Collection>> = self
-            .collections
-            .read()
-            .values()
+    fn choose(&self, query: &Query) -> Result<Option<Chosen>, SearchError> {
+        let all: Vec<Arc<Collection>> = self.collections.read().values().cloned().collect();
+        let related: Vec<Arc<Collection>> = all
+            .into_iter()
             .filter(|collection| {
                 let root = collection.row.lock().dir;
-                tree.dir_in_scope(root, query.scope) || tree.dir_in_scope(query.scope, root)
-            })
-            .filter(|collection| {
+                let (below, around) = {
+                    let tree = self.tree.read();
+                    (tree.dir_in_scope(root, query.scope), tree.dir_in_scope(query.scope, root))
+                };
                 let parts = collection.parts.load();
-                parts.iter().any(|part| part.index().len() as u64 > part.ended_points())
+                let alive = |part: &Arc<Part>| part.index().len() as u64 > part.ended_points();
+                match below {
+                    true => parts.iter().any(alive),
+                    // One that begins above counts if it has files here.
+                    false => around && parts.iter().any(|part| alive(part) && part.reaches(&self.tree, query.scope)),
+                }
             })
-            .cloned()
             .collect();
         let mut have = Vec::new();
         let mut fitting: Vec<(Metric, Arc<Collection>)> = Vec::new();
@@ -167,6 +173,7 @@ impl Inner {
             };
         };
         if fitting.iter().any(|(other, _)| other != metric) {
+            let tree = self.tree.read();
             let names: Vec<String> = fitting
                 .iter()
                 .map(|(metric, collection)| {
@@ -232,9 +239,7 @@ impl Inner {
             }
             Ok::<(), SearchError>(())
         })?;
-        found.sort_by(|a, b| {
-            a.distance.total_cmp(&b.distance).then(a.file.cmp(&b.file)).then(a.row.cmp(&b.row))
-        });
+        found.sort_by(|a, b| a.distance.total_cmp(&b.distance).then(a.file.cmp(&b.file)).then(a.row.cmp(&b.row)));
         found.truncate(want);
         Ok(found)
     }

@@ -241,11 +241,8 @@ impl Segment {
         let region = disk.map(&id.path())?;
         let parsed = parse(region.bytes(), id)?;
         let [files, points, vectors, codes, graph] = parsed.sections;
-        let section = |range: Range<usize>| -> Region {
-            std::sync::Arc::new(Slice { region: region.clone(), range })
-        };
-        let index =
-            Sealed::open(parsed.space, section(vectors), section(codes), section(graph))?;
+        let section = |range: Range<usize>| -> Region { std::sync::Arc::new(Slice { region: region.clone(), range }) };
+        let index = Sealed::open(parsed.space, section(vectors), section(codes), section(graph))?;
         if index.len() != parsed.points {
             return Err(SegmentError::Malformed("the graph has another number of points"));
         }

@@ -25,11 +25,7 @@ pub struct Tree {
 impl Tree {
     /// From the catalog's rows.
     pub fn new(files: Vec<(FileId, FileRow)>, dirs: Vec<(FileId, Link)>) -> Tree {
-        Tree {
-            files: files.into_iter().collect(),
-            dirs: dirs.into_iter().collect(),
-            ..Tree::default()
-        }
+        Tree { files: files.into_iter().collect(), dirs: dirs.into_iter().collect(), ..Tree::default() }
     }
 
     /// A file's row.
@@ -157,9 +153,7 @@ impl Tree {
 
     /// Has the file a name below `scope`?
     pub fn in_scope(&self, file: FileId, scope: FileId) -> bool {
-        self.files.get(&file).is_some_and(|row| {
-            row.links.iter().any(|link| self.dir_in_scope(link.parent, scope))
-        })
+        self.files.get(&file).is_some_and(|row| row.links.iter().any(|link| self.dir_in_scope(link.parent, scope)))
     }
 
     /// A directory's path relative to `scope`; `None` if it isn't below.

@@ -120,8 +120,7 @@ impl Volume {
         let (catalog, rows) = Catalog::open(&*disk)?;
         let mut recovery = Recovery::default();
         let inner = Arc::new(load(disk, options, uuid, catalog, rows, &mut recovery)?);
-        let threads = maintain::start(&inner)
-            .map_err(|source| OpenError::Io { what: "threads".to_owned(), source })?;
+        let threads = maintain::start(&inner).map_err(|source| OpenError::Io { what: "threads".to_owned(), source })?;
         Ok((Volume { inner, threads }, recovery))
     }
 
@@ -175,8 +174,7 @@ fn open_volume_file(disk: &dyn Disk) -> Result<String, OpenError> {
     const NAME: &str = "volume.toml";
     let io = |source| OpenError::Io { what: NAME.to_owned(), source };
     if let Some(bytes) = read_small(disk, NAME).map_err(io)? {
-        let text =
-            std::str::from_utf8(&bytes).map_err(|error| OpenError::VolumeFile(error.to_string()))?;
+        let text = std::str::from_utf8(&bytes).map_err(|error| OpenError::VolumeFile(error.to_string()))?;
         let file: VolumeFile =
             toml::from_str(text).map_err(|error| OpenError::VolumeFile(error.message().to_owned()))?;
         if file.format != FORMAT_VERSION {
@@ -224,9 +222,7 @@ fn load(
     rows.meta.root_inode = options.root_inode;
     let known: BTreeSet<String> =
         rows.segments.iter().filter_map(|(id, _)| id.path().strip_prefix("segments/").map(str::to_owned)).collect();
-    let orphans = disk
-        .list("segments")
-        .map_err(|source| OpenError::Io { what: "segments".to_owned(), source })?;
+    let orphans = disk.list("segments").map_err(|source| OpenError::Io { what: "segments".to_owned(), source })?;
     for name in orphans.iter().filter(|name| !known.contains(*name)) {
         let path = format!("segments/{name}");
         disk.remove(&path).map_err(|source| OpenError::Io { what: path, source })?;
@@ -282,10 +278,8 @@ fn load(
     tree = Tree::new(rows.files, rows.dirs);
     tree.dirty_files = dirty_files;
     tree.dirty_dirs = dirty_dirs;
-    let last_error = recovery
-        .quarantined
-        .last()
-        .map(|(id, reason)| format!("segment {:016x} was given up: {reason}", id.0));
+    let last_error =
+        recovery.quarantined.last().map(|(id, reason)| format!("segment {:016x} was given up: {reason}", id.0));
     Ok(Inner {
         sync: AtomicU8::new(options.sync as u8),
         disk,
@@ -295,12 +289,7 @@ fn load(
         collections: RwLock::new(collections),
         roots: RwLock::new(roots),
         readings: Mutex::new(readings),
-        writer: Mutex::new(Writer {
-            meta: rows.meta,
-            dirty_collections,
-            dirty_segments,
-            changes: 1,
-        }),
+        writer: Mutex::new(Writer { meta: rows.meta, dirty_collections, dirty_segments, changes: 1 }),
         version: AtomicU64::new(1),
         exchange: AtomicU64::new(0),
         catalog: Mutex::new(catalog),

@@ -9,8 +9,7 @@ use std::time::Instant;
 use clap::Args;
 use npyz::{DType, NpyFile};
 use vexfs_index::{
-    Effort, Element, Index, Metric, Neighbor, Params, Quantization, Request, Scratch, Sealed,
-    Space, build, region_from,
+    Effort, Element, Index, Metric, Neighbor, Params, Quantization, Request, Scratch, Sealed, Space, build, region_from,
 };
 
 /// Build an index of a `.npy` file and search it: recall, speed, memory.
@@ -90,10 +89,7 @@ pub fn index(args: &IndexArgs) -> Result<(), String> {
     let (base, element) = matrix(&args.base, args.rows)?;
     let (queries, _) = matrix(&args.queries, None)?;
     let truth = integers(&args.truth)?;
-    if queries.is_empty()
-        || queries.len() != truth.len()
-        || truth.iter().any(|row| row.len() < args.k)
-    {
+    if queries.is_empty() || queries.len() != truth.len() || truth.iter().any(|row| row.len() < args.k) {
         return Err(format!(
             "{} queries, {} rows of truth, at least {} columns wanted",
             queries.len(),
@@ -105,14 +101,10 @@ pub fn index(args: &IndexArgs) -> Result<(), String> {
     let space = Space::new(dim, args.metric, element).map_err(|e| e.to_string())?;
     let mut rows = Vec::with_capacity(base.len() * space.row_bytes());
     for (at, row) in base.iter().enumerate() {
-        space
-            .encode(row, &mut rows)
-            .map_err(|e| format!("row {at}: {e}"))?;
+        space.encode(row, &mut rows).map_err(|e| format!("row {at}: {e}"))?;
     }
     for (at, query) in queries.iter().enumerate() {
-        space
-            .check_query(query)
-            .map_err(|e| format!("query {at}: {e}"))?;
+        space.check_query(query).map_err(|e| format!("query {at}: {e}"))?;
     }
     let points = base.len();
     drop(base);
@@ -124,29 +116,16 @@ pub fn index(args: &IndexArgs) -> Result<(), String> {
         ..Params::default()
     };
     let begun = Instant::now();
-    let sections = build(
-        &space,
-        &rows,
-        &params,
-        args.threads,
-        &AtomicBool::new(false),
-    )
-    .ok_or("stopped")?;
+    let sections = build(&space, &rows, &params, args.threads, &AtomicBool::new(false)).ok_or("stopped")?;
     let build_seconds = begun.elapsed().as_secs_f64();
     drop(rows);
     let order = sections.order;
-    let index = Sealed::open(
-        space,
-        region_from(sections.vectors),
-        region_from(sections.codes),
-        region_from(sections.graph),
-    )
-    .map_err(|e| e.to_string())?;
+    let index =
+        Sealed::open(space, region_from(sections.vectors), region_from(sections.codes), region_from(sections.graph))
+            .map_err(|e| e.to_string())?;
 
     let efforts: Vec<Effort> = match (args.ef.as_slice(), args.recall.as_slice()) {
-        ([], []) => [10, 14, 20, 28, 40, 56, 80, 112, 160, 224, 320, 448]
-            .map(Effort::Ef)
-            .to_vec(),
+        ([], []) => [10, 14, 20, 28, 40, 56, 80, 112, 160, 224, 320, 448].map(Effort::Ef).to_vec(),
         ([], recalls) => recalls.iter().map(|r| Effort::Recall(*r)).collect(),
         (efs, _) => efs.iter().map(|ef| Effort::Ef(*ef)).collect(),
     };
@@ -181,18 +160,14 @@ fn measure(
     effort: Effort,
     args: &IndexArgs,
 ) -> Result<Run, String> {
-    let request = Request {
-        effort,
-        ..Request::nearest(args.k)
-    };
+    let request = Request { effort, ..Request::nearest(args.k) };
     let mut seconds = Vec::new();
     let mut latencies = Vec::new();
     let (mut right, mut distances) = (0, 0);
     for round in 0..args.repeat.max(1) {
         let next = AtomicUsize::new(0);
         let work = || -> Result<(Vec<f64>, usize, u64), String> {
-            let (mut scratch, mut out, mut taken) =
-                (Scratch::default(), Vec::<Neighbor>::new(), Vec::new());
+            let (mut scratch, mut out, mut taken) = (Scratch::default(), Vec::<Neighbor>::new(), Vec::new());
             let (mut right, mut distances) = (0, 0);
             loop {
                 let at = next.fetch_add(1, Ordering::Relaxed);
@@ -200,16 +175,11 @@ fn measure(
                     break;
                 };
                 let asked = Instant::now();
-                let stats = index
-                    .search(query, &request, &mut scratch, &mut out)
-                    .map_err(|e| e.to_string())?;
+                let stats = index.search(query, &request, &mut scratch, &mut out).map_err(|e| e.to_string())?;
                 taken.push(asked.elapsed().as_secs_f64() * 1e6);
                 distances += stats.distances;
                 if round == 0 {
-                    let found = |row: &&i64| {
-                        out.iter()
-                            .any(|hit| i64::from(order[hit.slot.0 as usize]) == **row)
-                    };
+                    let found = |row: &&i64| out.iter().any(|hit| i64::from(order[hit.slot.0 as usize]) == **row);
                     right += truth.iter().take(args.k).filter(found).count();
                 }
             }
@@ -217,15 +187,9 @@ fn measure(
         };
         let begun = Instant::now();
         let parts: Vec<_> = std::thread::scope(|scope| {
-            let others: Vec<_> = (1..args.threads.max(1))
-                .map(|_| scope.spawn(work))
-                .collect();
+            let others: Vec<_> = (1..args.threads.max(1)).map(|_| scope.spawn(work)).collect();
             let mut parts = vec![work()];
-            parts.extend(
-                others
-                    .into_iter()
-                    .map(|t| t.join().unwrap_or_else(|_| Err("a thread failed".into()))),
-            );
+            parts.extend(others.into_iter().map(|t| t.join().unwrap_or_else(|_| Err("a thread failed".into()))));
             parts
         });
         seconds.push(begun.elapsed().as_secs_f64());
@@ -261,10 +225,7 @@ fn measure(
 
 fn print(report: &Report, json: bool) -> Result<(), String> {
     if json {
-        println!(
-            "{}",
-            serde_json::to_string_pretty(report).map_err(|e| e.to_string())?
-        );
+        println!("{}", serde_json::to_string_pretty(report).map_err(|e| e.to_string())?);
         return Ok(());
     }
     println!(
@@ -280,10 +241,7 @@ fn print(report: &Report, json: bool) -> Result<(), String> {
         report.bytes_per_vector,
         report.peak_rss_bytes as f64 / f64::from(1 << 20),
     );
-    println!(
-        "{:>14} {:>8} {:>9} {:>8} {:>8} {:>10}",
-        "effort", "recall", "QPS", "p50 µs", "p99 µs", "distances"
-    );
+    println!("{:>14} {:>8} {:>9} {:>8} {:>8} {:>10}", "effort", "recall", "QPS", "p50 µs", "p99 µs", "distances");
     for run in &report.runs {
         println!(
             "{:>14} {:>8.4} {:>9.0} {:>8.1} {:>8.1} {:>10.0}",
@@ -305,10 +263,7 @@ fn open(path: &Path) -> Result<NpyFile<BufReader<File>>, String> {
 /// numpy's name of a type without its byte order, such as `f4`.
 fn code(file: &NpyFile<BufReader<File>>) -> String {
     match file.dtype() {
-        DType::Plain(name) => name
-            .to_string()
-            .trim_matches(['\'', '<', '|', '='])
-            .to_string(),
+        DType::Plain(name) => name.to_string().trim_matches(['\'', '<', '|', '=']).to_string(),
         _ => String::new(),
     }
 }
@@ -320,14 +275,8 @@ fn matrix(path: &Path, rows: Option<usize>) -> Result<(Vec<Vec<f32>>, Element), 
     let say = |e: std::io::Error| format!("{}: {e}", path.display());
     macro_rules! read {
         ($type:ty, $to:expr) => {{
-            let numbers = file
-                .data::<$type>()
-                .map_err(|e| format!("{}: {e}", path.display()))?;
-            numbers
-                .take(wanted)
-                .map(|n| n.map($to))
-                .collect::<Result<Vec<f32>, _>>()
-                .map_err(say)?
+            let numbers = file.data::<$type>().map_err(|e| format!("{}: {e}", path.display()))?;
+            numbers.take(wanted).map(|n| n.map($to)).collect::<Result<Vec<f32>, _>>().map_err(say)?
         }};
     }
     let (numbers, element) = match code(&file).as_str() {
@@ -338,10 +287,7 @@ fn matrix(path: &Path, rows: Option<usize>) -> Result<(Vec<Vec<f32>>, Element), 
         "u1" => (read!(u8, f32::from), Element::U8),
         other => return Err(format!("{}: numbers of type {other}", path.display())),
     };
-    Ok((
-        numbers.chunks_exact(dim).map(<[f32]>::to_vec).collect(),
-        element,
-    ))
+    Ok((numbers.chunks_exact(dim).map(<[f32]>::to_vec).collect(), element))
 }
 
 fn integers(path: &Path) -> Result<Vec<Vec<i64>>, String> {
@@ -349,12 +295,8 @@ fn integers(path: &Path) -> Result<Vec<Vec<i64>>, String> {
     let columns = file.shape()[1].max(1) as usize;
     macro_rules! read {
         ($type:ty) => {{
-            let numbers = file
-                .data::<$type>()
-                .map_err(|e| format!("{}: {e}", path.display()))?;
-            let wide = numbers
-                .map(|n| n.map(i64::from))
-                .collect::<Result<Vec<i64>, _>>();
+            let numbers = file.data::<$type>().map_err(|e| format!("{}: {e}", path.display()))?;
+            let wide = numbers.map(|n| n.map(i64::from)).collect::<Result<Vec<i64>, _>>();
             wide.map_err(|e| format!("{}: {e}", path.display()))?
         }};
     }
@@ -371,12 +313,6 @@ fn integers(path: &Path) -> Result<Vec<Vec<i64>>, String> {
 fn peak_rss() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kib = line.and_then(|line| {
-        line.trim()
-            .trim_end_matches("kB")
-            .trim()
-            .parse::<u64>()
-            .ok()
-    });
+    let kib = line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
     kib.unwrap_or(0) * 1024
 }

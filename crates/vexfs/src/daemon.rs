@@ -66,8 +66,8 @@ pub fn mount(args: MountArgs) -> Result<(), String> {
     };
     crate::log::start();
     // Before anything starts, so that no signal is lost.
-    let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT, SIGHUP])
-        .map_err(|error| format!("signals: {error}"))?;
+    let mut signals =
+        signal_hook::iterator::Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(|error| format!("signals: {error}"))?;
     let mounted = match vexfs_fs::mount::mount(&options) {
         Ok(mounted) => mounted,
         Err(error) if args.background_child => {
@@ -81,7 +81,7 @@ pub fn mount(args: MountArgs) -> Result<(), String> {
     }
     static ENDING: AtomicBool = AtomicBool::new(false);
     let handle = signals.handle();
-    let over = std::thread::scope(|scope| {
+    std::thread::scope(|scope| {
         scope.spawn(|| {
             for _ in &mut signals {
                 if !ENDING.swap(true, Ordering::AcqRel) {
@@ -94,7 +94,6 @@ pub fn mount(args: MountArgs) -> Result<(), String> {
         }
         handle.close();
     });
-    let () = over;
     mounted.wait().map_err(|error| error.to_string())
 }
 
@@ -148,10 +147,7 @@ fn detach() -> Result<(), String> {
     std::env::set_current_dir("/").map_err(|error| format!("/: {error}"))?;
     let mut out = std::io::stdout().lock();
     writeln!(out, "{READY}").and_then(|()| out.flush()).map_err(|error| format!("telling the parent: {error}"))?;
-    let null = std::fs::File::options()
-        .write(true)
-        .open("/dev/null")
-        .map_err(|error| format!("/dev/null: {error}"))?;
+    let null = std::fs::File::options().write(true).open("/dev/null").map_err(|error| format!("/dev/null: {error}"))?;
     rustix::stdio::dup2_stdout(&null).map_err(|error| format!("standard output: {error}"))
 }
 

@@ -29,10 +29,7 @@ fn parse_line(line: &[u8]) -> Option<MountedVolume> {
     if *fields.get(dash + 1)? != TYPE {
         return None;
     }
-    Some(MountedVolume {
-        mountpoint: PathBuf::from(unescape(fields.get(4)?)),
-        source: unescape(fields.get(dash + 2)?),
-    })
+    Some(MountedVolume { mountpoint: PathBuf::from(unescape(fields.get(4)?)), source: unescape(fields.get(dash + 2)?) })
 }
 
 /// The table writes space, tab, newline and backslash as three octal digits.

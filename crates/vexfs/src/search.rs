@@ -132,9 +132,8 @@ fn like_in_volume(path: &Path) -> Result<String, String> {
     let volume = mounts::containing(&canonical)?
         .ok_or_else(|| format!("{} is in no mounted VexFS volume; --vector-file takes any file", file.display()))?;
     let inside = canonical.strip_prefix(&volume.mountpoint).map_err(|error| error.to_string())?;
-    let inside = inside
-        .to_str()
-        .ok_or_else(|| format!("{}: the name is not UTF-8, which JSON can't carry", file.display()))?;
+    let inside =
+        inside.to_str().ok_or_else(|| format!("{}: the name is not UTF-8, which JSON can't carry", file.display()))?;
     Ok(match row {
         Some(row) => format!("/{inside}#{row}"),
         None => format!("/{inside}"),
@@ -146,9 +145,8 @@ fn vector_of_file(path: &Path) -> Result<Vec<f32>, String> {
     let at = |what: &dyn std::fmt::Display| format!("{}: {what}", file.display());
     let format = file.file_name().and_then(Format::of).ok_or_else(|| at(&"neither .vec nor .npy"))?;
     let opened = File::open(&file).map_err(|error| at(&error))?;
-    let source = Source::open(format, &opened)
-        .map_err(|refusal| at(&refusal.reason))?
-        .ok_or_else(|| at(&"holds no vector"))?;
+    let source =
+        Source::open(format, &opened).map_err(|refusal| at(&refusal.reason))?.ok_or_else(|| at(&"holds no vector"))?;
     let rows = source.shape().rows;
     if row.is_none() && rows > 1 {
         return Err(at(&format!("holds {rows} vectors; say which with #ROW")));

@@ -48,8 +48,7 @@ fn of_path(path: &Path) -> Result<Value, String> {
 
 /// A volume that doesn't answer is still told of.
 fn of_mount(mountpoint: &Path) -> Value {
-    read(mountpoint)
-        .unwrap_or_else(|error| json!({ "mountpoint": mountpoint.to_string_lossy(), "error": error }))
+    read(mountpoint).unwrap_or_else(|error| json!({ "mountpoint": mountpoint.to_string_lossy(), "error": error }))
 }
 
 fn read(dir: &Path) -> Result<Value, String> {

@@ -4,9 +4,9 @@
 //! shape, [`Source::encode`] gives rows for a space. Whatever the bytes are, the answer is rows or a [`Refusal`].
 
 mod npy;
-mod text;
 #[cfg(test)]
 mod tests;
+mod text;
 
 use std::ffi::OsStr;
 use std::fs::File;

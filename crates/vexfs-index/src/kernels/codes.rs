@@ -42,25 +42,13 @@ impl CodeKernels {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512vnni")
             {
-                all.push(CodeKernels {
-                    name: "avx512-vnni",
-                    squares: vnni::squares,
-                    products: vnni::products,
-                });
+                all.push(CodeKernels { name: "avx512-vnni", squares: vnni::squares, products: vnni::products });
             }
             if avx2 {
-                all.push(CodeKernels {
-                    name: "avx2",
-                    squares: avx2::squares,
-                    products: avx2::products,
-                });
+                all.push(CodeKernels { name: "avx2", squares: avx2::squares, products: avx2::products });
             }
         }
-        all.push(CodeKernels {
-            name: "scalar",
-            squares: scalar::squares,
-            products: scalar::products,
-        });
+        all.push(CodeKernels { name: "scalar", squares: scalar::squares, products: scalar::products });
         all
     }
 
@@ -81,15 +69,8 @@ impl CodeKernels {
 pub fn best() -> &'static CodeKernels {
     static BEST: OnceLock<CodeKernels> = OnceLock::new();
     BEST.get_or_init(|| {
-        let scalar = CodeKernels {
-            name: "scalar",
-            squares: scalar::squares,
-            products: scalar::products,
-        };
-        CodeKernels::available()
-            .into_iter()
-            .next()
-            .unwrap_or(scalar)
+        let scalar = CodeKernels { name: "scalar", squares: scalar::squares, products: scalar::products };
+        CodeKernels::available().into_iter().next().unwrap_or(scalar)
     })
 }
 
@@ -133,24 +114,11 @@ mod vnni {
     fn squares_one(query: &[u8], codes: &[u8]) -> u32 {
         let zero = _mm512_setzero_si512();
         let (mut even, mut odd) = (zero, zero);
-        for (q, c) in query
-            .as_chunks::<64>()
-            .0
-            .iter()
-            .zip(codes.as_chunks::<64>().0)
-        {
+        for (q, c) in query.as_chunks::<64>().0.iter().zip(codes.as_chunks::<64>().0) {
             // SAFETY: both are 64 bytes; unaligned loads.
-            let (q, c) = unsafe {
-                (
-                    _mm512_loadu_si512(q.as_ptr().cast()),
-                    _mm512_loadu_si512(c.as_ptr().cast()),
-                )
-            };
+            let (q, c) = unsafe { (_mm512_loadu_si512(q.as_ptr().cast()), _mm512_loadu_si512(c.as_ptr().cast())) };
             let apart = _mm512_or_si512(_mm512_subs_epu8(q, c), _mm512_subs_epu8(c, q));
-            let (low, high) = (
-                _mm512_unpacklo_epi8(apart, zero),
-                _mm512_unpackhi_epi8(apart, zero),
-            );
+            let (low, high) = (_mm512_unpacklo_epi8(apart, zero), _mm512_unpackhi_epi8(apart, zero));
             even = _mm512_dpwssd_epi32(even, low, low);
             odd = _mm512_dpwssd_epi32(odd, high, high);
         }
@@ -161,20 +129,9 @@ mod vnni {
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     fn products_one(query: &[u8], codes: &[u8]) -> u32 {
         let mut sums = [_mm512_setzero_si512(); 2];
-        for (n, (q, c)) in query
-            .as_chunks::<64>()
-            .0
-            .iter()
-            .zip(codes.as_chunks::<64>().0)
-            .enumerate()
-        {
+        for (n, (q, c)) in query.as_chunks::<64>().0.iter().zip(codes.as_chunks::<64>().0).enumerate() {
             // SAFETY: both are 64 bytes; unaligned loads.
-            let (q, c) = unsafe {
-                (
-                    _mm512_loadu_si512(q.as_ptr().cast()),
-                    _mm512_loadu_si512(c.as_ptr().cast()),
-                )
-            };
+            let (q, c) = unsafe { (_mm512_loadu_si512(q.as_ptr().cast()), _mm512_loadu_si512(c.as_ptr().cast())) };
             sums[n % 2] = _mm512_dpbusd_epi32(sums[n % 2], c, q);
         }
         _mm512_reduce_add_epi32(_mm512_add_epi32(sums[0], sums[1])) as u32
@@ -190,10 +147,7 @@ mod avx2 {
 
     #[target_feature(enable = "avx2")]
     fn total(sums: __m256i) -> u32 {
-        let four = _mm_add_epi32(
-            _mm256_castsi256_si128(sums),
-            _mm256_extracti128_si256::<1>(sums),
-        );
+        let four = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums));
         let two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
         let one = _mm_add_epi32(two, _mm_shuffle_epi32::<1>(two));
         _mm_cvtsi128_si32(one) as u32
@@ -204,24 +158,11 @@ mod avx2 {
     fn squares_one(query: &[u8], codes: &[u8]) -> u32 {
         let zero = _mm256_setzero_si256();
         let (mut even, mut odd) = (zero, zero);
-        for (q, c) in query
-            .as_chunks::<32>()
-            .0
-            .iter()
-            .zip(codes.as_chunks::<32>().0)
-        {
+        for (q, c) in query.as_chunks::<32>().0.iter().zip(codes.as_chunks::<32>().0) {
             // SAFETY: both are 32 bytes; unaligned loads.
-            let (q, c) = unsafe {
-                (
-                    _mm256_loadu_si256(q.as_ptr().cast()),
-                    _mm256_loadu_si256(c.as_ptr().cast()),
-                )
-            };
+            let (q, c) = unsafe { (_mm256_loadu_si256(q.as_ptr().cast()), _mm256_loadu_si256(c.as_ptr().cast())) };
             let apart = _mm256_or_si256(_mm256_subs_epu8(q, c), _mm256_subs_epu8(c, q));
-            let (low, high) = (
-                _mm256_unpacklo_epi8(apart, zero),
-                _mm256_unpackhi_epi8(apart, zero),
-            );
+            let (low, high) = (_mm256_unpacklo_epi8(apart, zero), _mm256_unpackhi_epi8(apart, zero));
             even = _mm256_add_epi32(even, _mm256_madd_epi16(low, low));
             odd = _mm256_add_epi32(odd, _mm256_madd_epi16(high, high));
         }
@@ -232,23 +173,10 @@ mod avx2 {
     #[target_feature(enable = "avx2")]
     fn products_one(query: &[u8], codes: &[u8]) -> u32 {
         let mut sum = _mm256_setzero_si256();
-        for (q, c) in query
-            .as_chunks::<16>()
-            .0
-            .iter()
-            .zip(codes.as_chunks::<16>().0)
-        {
+        for (q, c) in query.as_chunks::<16>().0.iter().zip(codes.as_chunks::<16>().0) {
             // SAFETY: both are 16 bytes; unaligned loads.
-            let (q, c) = unsafe {
-                (
-                    _mm_loadu_si128(q.as_ptr().cast()),
-                    _mm_loadu_si128(c.as_ptr().cast()),
-                )
-            };
-            sum = _mm256_add_epi32(
-                sum,
-                _mm256_madd_epi16(_mm256_cvtepi8_epi16(q), _mm256_cvtepu8_epi16(c)),
-            );
+            let (q, c) = unsafe { (_mm_loadu_si128(q.as_ptr().cast()), _mm_loadu_si128(c.as_ptr().cast())) };
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_cvtepi8_epi16(q), _mm256_cvtepu8_epi16(c)));
         }
         total(sum)
     }
@@ -268,9 +196,7 @@ mod scalar {
 
     #[inline]
     fn products_one(query: &[u8], codes: &[u8]) -> u32 {
-        query.iter().zip(codes).fold(0i32, |sum, (q, c)| {
-            sum.wrapping_add(i32::from(*q as i8) * i32::from(*c))
-        }) as u32
+        query.iter().zip(codes).fold(0i32, |sum, (q, c)| sum.wrapping_add(i32::from(*q as i8) * i32::from(*c))) as u32
     }
 }
 
@@ -282,46 +208,27 @@ mod tests {
     fn every_variant_sums_alike() {
         let mut state = 7u64;
         let mut byte = || {
-            state = state
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1);
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             (state >> 40) as u8
         };
         for len in (1..=64).map(|n| n * PAD).chain([65_536]) {
             for extreme in [false, true] {
-                let query: Vec<u8> = (0..len)
-                    .map(|_| if extreme { 0x80 } else { byte() })
-                    .collect();
-                let data: Vec<u8> = (0..len * 9)
-                    .map(|_| if extreme { 0xff } else { byte() })
-                    .collect();
+                let query: Vec<u8> = (0..len).map(|_| if extreme { 0x80 } else { byte() }).collect();
+                let data: Vec<u8> = (0..len * 9).map(|_| if extreme { 0xff } else { byte() }).collect();
                 let ids = [3, 0, 8, 8, 1, 2, 7, 5, 6, 4];
                 for kernels in CodeKernels::available() {
                     let mut out = [0; 10];
                     kernels.many(Sum::Squares, &query, &data, &ids, &mut out);
                     for (id, got) in ids.iter().zip(out) {
                         let row = &data[*id as usize * len..][..len];
-                        let wanted: u64 = query
-                            .iter()
-                            .zip(row)
-                            .map(|(q, c)| u64::from(q.abs_diff(*c)).pow(2))
-                            .sum();
+                        let wanted: u64 = query.iter().zip(row).map(|(q, c)| u64::from(q.abs_diff(*c)).pow(2)).sum();
                         assert_eq!(u64::from(got), wanted, "{} squares {len}", kernels.name);
                     }
                     kernels.many(Sum::Products, &query, &data, &ids, &mut out);
                     for (id, got) in ids.iter().zip(out) {
                         let row = &data[*id as usize * len..][..len];
-                        let wanted: i64 = query
-                            .iter()
-                            .zip(row)
-                            .map(|(q, c)| i64::from(*q as i8) * i64::from(*c))
-                            .sum();
-                        assert_eq!(
-                            i64::from(got as i32),
-                            wanted,
-                            "{} products {len}",
-                            kernels.name
-                        );
+                        let wanted: i64 = query.iter().zip(row).map(|(q, c)| i64::from(*q as i8) * i64::from(*c)).sum();
+                        assert_eq!(i64::from(got as i32), wanted, "{} products {len}", kernels.name);
                     }
                 }
             }

@@ -4,12 +4,7 @@ use super::*;
 fn reference(space: &Space, query: &[f32], row: &[u8]) -> f64 {
     let mut numbers = Vec::new();
     space.decode(row, &mut numbers);
-    let pairs = || {
-        query
-            .iter()
-            .zip(&numbers)
-            .map(|(x, y)| (f64::from(*x), f64::from(*y)))
-    };
+    let pairs = || query.iter().zip(&numbers).map(|(x, y)| (f64::from(*x), f64::from(*y)));
     let dot: f64 = pairs().map(|(x, y)| x * y).sum();
     match space.metric() {
         Metric::L2 => pairs().map(|(x, y)| (x - y) * (x - y)).sum(),
@@ -34,20 +29,14 @@ fn numbers(seed: u64, n: usize, integers: bool) -> Vec<f32> {
             state ^= state >> 7;
             state ^= state << 17;
             let byte = (state >> 33) as u8 as f32;
-            if integers {
-                (byte / 2.0).floor()
-            } else {
-                byte / 128.0 - 1.0
-            }
+            if integers { (byte / 2.0).floor() } else { byte / 128.0 - 1.0 }
         })
         .collect()
 }
 
 #[test]
 fn every_kernel_of_this_machine_agrees_with_f64() {
-    let dims = (1..=70).chain([
-        96, 100, 127, 128, 129, 255, 256, 384, 768, 1000, 1536, 4095, 4096,
-    ]);
+    let dims = (1..=70).chain([96, 100, 127, 128, 129, 255, 256, 384, 768, 1000, 1536, 4095, 4096]);
     for dim in dims {
         for element in [Element::F32, Element::F16, Element::I8, Element::U8] {
             for metric in [Metric::L2, Metric::InnerProduct, Metric::Cosine] {
@@ -62,8 +51,7 @@ fn every_kernel_of_this_machine_agrees_with_f64() {
                 let wanted = reference(&space, &query, &row);
                 for kernels in available() {
                     let got = f64::from(Prepared::with(kernels, &space, &query).distance(&row));
-                    let size =
-                        wanted.abs() + query.iter().map(|x| f64::from(x * x)).sum::<f64>() * 0.1;
+                    let size = wanted.abs() + query.iter().map(|x| f64::from(x * x)).sum::<f64>() * 0.1;
                     assert!(
                         (got - wanted).abs() <= 1e-5 * size.max(1.0),
                         "{} {metric} {element} {dim}: {got} for {wanted}",
@@ -82,9 +70,6 @@ fn a_fractional_query_meets_integer_rows() {
         let query = [0.5, 200.25, 3.0];
         let got = f64::from(space.distance(&query, &[1, 200, 255]));
         let wanted = reference(&space, &query, &[1, 200, 255]);
-        assert!(
-            (got - wanted).abs() < 1e-3 * wanted.abs().max(1.0),
-            "{metric}: {got} for {wanted}"
-        );
+        assert!((got - wanted).abs() < 1e-3 * wanted.abs().max(1.0), "{metric}: {got} for {wanted}");
     }
 }

@@ -119,8 +119,7 @@ impl Disk for MemDisk {
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
         self.whole_turn()?;
         let mut names = self.0.names.lock();
-        let content =
-            names.live.remove(from).ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
+        let content = names.live.remove(from).ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
         names.live.insert(to.to_owned(), content);
         Ok(())
     }
@@ -154,8 +153,7 @@ impl Disk for MemDisk {
 
     fn map(&self, name: &str) -> io::Result<Region> {
         let names = self.0.names.lock();
-        let content =
-            names.live.get(name).ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
+        let content = names.live.get(name).ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
         Ok(vexfs_index::region(&content.lock().live))
     }
 

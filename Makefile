@@ -1,0 +1,26 @@
+# The two commands: `make demo` and `make test`. Each installs what it needs by package name and needs only Debian with
+# the Rust toolchain (and root, or sudo, for packages that are missing).
+
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+# What is missing: fuse3 has fusermount3, util-linux setpriv, gcc the linker.
+PACKAGES := $(shell command -v fusermount3 >/dev/null || echo fuse3) \
+            $(shell command -v setpriv >/dev/null || echo util-linux) \
+            $(shell command -v cc >/dev/null || echo gcc libc6-dev)
+
+.PHONY: test demo packages
+
+packages:
+	@if [ -n "$(strip $(PACKAGES))" ]; then \
+		$(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends $(PACKAGES); \
+	fi
+	@# Where udev runs, the package fuse3 opens /dev/fuse to all users; a bare container has no udev.
+	@if [ -c /dev/fuse ] && [ "$$(stat -c %a /dev/fuse)" != 666 ]; then $(SUDO) chmod 666 /dev/fuse; fi
+
+test: packages
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	VEXFS_REQUIRE_FUSE=$(if $(wildcard /dev/fuse),1) cargo test --workspace --locked
+
+demo: packages
+	cargo build --release --locked -p vexfs
+	./examples/demo.sh target/release/vexfs

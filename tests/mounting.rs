@@ -1,0 +1,157 @@
+//! Mounting, and how it says no.
+
+use std::fs;
+use std::process::Command;
+
+use crate::support::{VEXFS, Volume, is_root, no_fuse, skip};
+
+fn complaint(v: &Volume, source: &str, mnt: &str, more: &[&str]) -> String {
+    let output = v.command(&[&["mount", source, mnt], more].concat());
+    assert!(!output.status.success(), "{source} {mnt} {more:?} was mounted");
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(text.lines().count(), 1, "one line: {text}");
+    text
+}
+
+#[test]
+fn a_mount_that_cant_be_says_why_in_one_line() {
+    let Some(v) = Volume::unmounted(&[]) else { return };
+    let (source, mnt) = (v.source(), v.mnt());
+    let (source, mnt) = (source.to_str().unwrap(), mnt.to_str().unwrap());
+    let top = v.dir.path().to_str().unwrap().to_owned();
+    fs::write(format!("{top}/file"), "").unwrap();
+    assert!(complaint(&v, &format!("{top}/absent"), mnt, &[]).contains("No such file"));
+    assert!(complaint(&v, source, &format!("{top}/absent"), &[]).contains("No such file"));
+    assert!(complaint(&v, &format!("{top}/file"), mnt, &[]).contains("not a directory"));
+    assert!(complaint(&v, source, &format!("{top}/file"), &[]).contains("not a directory"));
+    assert!(complaint(&v, source, &top, &[]).contains("the source lies inside the mountpoint"));
+    fs::create_dir(format!("{source}/below")).unwrap();
+    assert!(complaint(&v, source, &format!("{source}/below"), &[]).contains("the mountpoint lies inside the source"));
+    let state = format!("{source}/below");
+    assert!(complaint(&v, source, mnt, &["--state", &state]).contains("the state directory lies inside the source"));
+    assert!(complaint(&v, source, mnt, &["-o", "ro,colour=red"]).contains("\"colour=red\" is not an option"));
+    v.mount();
+    let second = format!("{top}/second");
+    fs::create_dir(&second).unwrap();
+    assert!(complaint(&v, source, &second, &[]).contains("in use by another process"));
+    v.umount();
+    fs::write(format!("{source}/.vexfs/volume.toml"), "format = 99\nuuid = \"x\"\n").unwrap();
+    assert!(complaint(&v, source, mnt, &[]).contains("format version 99"));
+    fs::write(format!("{source}/.vexfs/volume.toml"), "what").unwrap();
+    assert!(complaint(&v, source, mnt, &[]).contains("volume.toml"));
+}
+
+#[test]
+fn umount_of_what_is_no_volume_is_refused() {
+    let Some(v) = Volume::unmounted(&[]) else { return };
+    let output = v.command(&["umount", v.mnt().to_str().unwrap()]);
+    assert!(!output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("no VexFS volume is mounted there"));
+    v.mount();
+    let open = fs::File::open(v.mnt()).unwrap();
+    let output = v.command(&["umount", v.mnt().to_str().unwrap()]);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("files are open"));
+    drop(open);
+    v.umount();
+    assert!(!v.is_mounted());
+}
+
+#[test]
+fn sigterm_and_sigint_unmount_cleanly() {
+    for signal in [rustix::process::Signal::TERM, rustix::process::Signal::INT] {
+        let Some(v) = Volume::new(&[]) else { return };
+        v.write("a.vec", "1,2");
+        let pid = rustix::process::Pid::from_raw(v.pid()).unwrap();
+        let fd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).unwrap();
+        rustix::process::pidfd_send_signal(&fd, signal).unwrap();
+        let mut fds = [rustix::event::PollFd::new(&fd, rustix::event::PollFlags::IN)];
+        rustix::event::poll(&mut fds, None).unwrap();
+        assert!(!v.is_mounted());
+        v.mount();
+        assert_eq!(v.near("", &[1.0, 2.0], 1), ["a.vec"]);
+    }
+}
+
+#[test]
+fn foreground_serves_until_it_is_unmounted() {
+    let Some(v) = Volume::unmounted(&[]) else { return };
+    let mut child = Command::new(VEXFS).args(["mount", "--foreground"]).args([v.source(), v.mnt()]).spawn().unwrap();
+    while !v.is_mounted() {
+        assert!(child.try_wait().unwrap().is_none(), "it ended");
+        std::thread::yield_now();
+    }
+    v.write("a.vec", "1,2");
+    assert_eq!(v.near("", &[1.0, 2.0], 1), ["a.vec"]);
+    v.umount();
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn a_directory_can_be_mounted_over_itself_and_its_state_kept_elsewhere() {
+    let Some(v) = Volume::unmounted(&[]) else { return };
+    fs::write(v.source().join("a.vec"), "1,2").unwrap();
+    let source = v.source();
+    let source = source.to_str().unwrap();
+    assert!(v.command(&["mount", source, source]).status.success());
+    let found = crate::support::ask(&v.source(), &serde_json::json!({ "vector": [1, 2] }));
+    assert_eq!(crate::support::paths(&found), ["a.vec"]);
+    assert!(v.command(&["umount", source]).status.success());
+
+    let state = v.dir.path().join("state");
+    let mnt = v.mnt();
+    let mounted = v.command(&["mount", source, mnt.to_str().unwrap(), "--state", state.to_str().unwrap()]);
+    assert!(mounted.status.success());
+    assert_eq!(v.near("", &[1.0, 2.0], 1), ["a.vec"]);
+    v.umount();
+    assert!(state.join("catalog").exists());
+}
+
+#[test]
+fn a_read_only_mount_takes_no_writes() {
+    let Some(v) = Volume::unmounted(&["-o", "ro"]) else { return };
+    fs::write(v.source().join("a.vec"), "1,2").unwrap();
+    v.mount();
+    let error = fs::write(v.path("b.vec"), "1,2").unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(rustix::io::Errno::ROFS.raw_os_error()));
+}
+
+#[test]
+fn a_normal_user_mounts_through_fusermount_with_the_same_semantics() {
+    if no_fuse() || skip(!is_root(), "becoming another user needs root") {
+        return;
+    }
+    let missing = Command::new("fusermount3").arg("-V").output().is_err();
+    if skip(missing, "no fusermount3 (Debian: fuse3)") {
+        return;
+    }
+    use std::os::unix::fs::PermissionsExt;
+    let open_to_all = fs::metadata("/dev/fuse").unwrap().permissions().mode() & 0o006 == 0o006;
+    if skip(!open_to_all, "/dev/fuse is closed to other users (`make test` opens it, as udev does)") {
+        return;
+    }
+    // Root's own test directory is closed to others.
+    let program = Command::new("setpriv").args(["--reuid=65534", "--clear-groups", VEXFS, "--version"]).output();
+    if skip(!program.is_ok_and(|output| output.status.success()), "others can't run the built program here") {
+        return;
+    }
+    let v = Volume::unmounted(&[]).unwrap().owned_by(65_534);
+    v.mount();
+    // Without allow_other only its owner enters: write below, ask as the owner does.
+    let as_owner = |script: &str| {
+        let output = Command::new("setpriv")
+            .args(["--reuid=65534", "--regid=65534", "--clear-groups", "sh", "-ec", script])
+            .current_dir("/")
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let mnt = v.mnt().display().to_string();
+    as_owner(&format!("cd {mnt}; echo 1,2 > a.vec; echo 3,1 > b.vec; mv b.vec c.vec; mkdir d; cp a.vec d/e.vec"));
+    let found = as_owner(&format!("{VEXFS} search {mnt} --vector '[3,1]' -k 1 --tsv"));
+    assert!(found.trim_end().ends_with("c.vec"), "{found}");
+    let status = as_owner(&format!("{VEXFS} status {mnt} --json"));
+    assert!(status.contains("\"page cache\""), "{status}");
+    as_owner(&format!("{VEXFS} umount {mnt}"));
+    assert!(!v.is_mounted());
+}
