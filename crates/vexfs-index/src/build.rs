@@ -1,15 +1,17 @@
-//! From rows to a sealed index: link in parallel, calibrate, number for locality, write flat.
+//! From rows to a sealed index: code, link in parallel, calibrate, number for locality, write flat.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 
-use crate::codes::{CodedQuery, Coder, prefetch_record};
-use crate::hnsw::{Entry, Growing, Links, MAX_LAYER, Walk, descend, insert, level, walk_layer};
-use crate::kernels::{Prepared, between};
+use crate::codes::Coder;
+use crate::graph::{Bench, Graph, Linker, MOST_NODES};
+use crate::hnsw::{MAX_LAYER, level};
+use crate::kernels::Prepared;
 use crate::request::{Budget, Candidate, Scratch, keep};
-use crate::sealed::{MAGIC, TARGETS, header, stride};
-use crate::space::{Element, Quantization};
+use crate::sealed::{MAGIC, TARGETS, Walker, header};
+use crate::space::Quantization;
 use crate::{Params, Space};
 
 /// Fewer rows get no graph: an exact scan of them is as fast as a walk and never misses.
@@ -21,7 +23,10 @@ const CALIBRATED_K: usize = 10;
 /// Times that nodes which were cut off are looked for.
 const CONNECT_ROUNDS: usize = 8;
 /// Values of ef that are tried, smallest first.
-const EFS: [u32; 16] = [10, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096];
+const EFS: [u32; 24] =
+    [10, 12, 14, 17, 20, 24, 28, 34, 40, 48, 56, 68, 80, 96, 112, 136, 160, 192, 256, 384, 512, 1024, 2048, 4096];
+/// Links of a node at least and at most.
+pub(crate) const M: std::ops::RangeInclusive<usize> = 2..=512;
 
 /// A sealed index as bytes, for [`crate::Sealed::open`].
 pub struct Sections {
@@ -29,7 +34,7 @@ pub struct Sections {
     pub order: Vec<u32>,
     /// Rows in slot order.
     pub vectors: Vec<u8>,
-    /// Codes in slot order; empty where rows are walked themselves.
+    /// Codes in slot order; empty where rows are walked themselves or are their own codes.
     pub codes: Vec<u8>,
     /// Header, coder, links.
     pub graph: Vec<u8>,
@@ -38,304 +43,237 @@ pub struct Sections {
 /// Builds over whole `rows` with so many `threads`. `None` if `stop` was set meanwhile.
 pub fn build(space: &Space, rows: &[u8], params: &Params, threads: usize, stop: &AtomicBool) -> Option<Sections> {
     let nodes = rows.len() / space.row_bytes();
-    if nodes < GRAPH_FROM {
+    let m = params.m.clamp(*M.start(), *M.end());
+    let stride = Coder::stride(space);
+    let levels: Vec<u8> = (0..nodes as u32).map(|node| level(params.seed, node, m) as u8).collect();
+    // Highest levels first, otherwise as they came.
+    let mut order: Vec<u32> = (0..nodes as u32).collect();
+    order.sort_by_key(|row| Reverse(levels[*row as usize]));
+    let graph = if (GRAPH_FROM..=MOST_NODES).contains(&nodes) {
+        let top = usize::from(levels[order[0] as usize]);
+        let counts: Vec<usize> =
+            (0..=top).map(|layer| order.partition_point(|row| usize::from(levels[*row as usize]) >= layer)).collect();
+        // Where memory is short an exact scan still works.
+        Graph::new(counts, m, stride)
+    } else {
+        None
+    };
+    let Some(mut graph) = graph else {
         return Some(Sections {
             order: (0..nodes as u32).collect(),
             vectors: rows[..nodes * space.row_bytes()].to_vec(),
             codes: Vec::new(),
-            graph: head(params.m, nodes, &[], None, [0; TARGETS.len()]),
+            graph: head(m, nodes, &[], None, [0; TARGETS.len()]),
         });
+    };
+    let coder = Coder::fit(space, rows);
+    let mut values = Vec::new();
+    for (row, code) in order.iter().zip(graph.codes.bytes_mut().chunks_exact_mut(stride)) {
+        let size = space.row_bytes();
+        coder.encode(&rows[*row as usize * size..][..size], &mut values, code);
     }
-    let coded = matches!(space.element(), Element::F32 | Element::F16) && params.quantization == Quantization::Sq8;
-    let coder = coded.then(|| Coder::fit(space, rows));
-    let mut codes = Vec::new();
-    if let Some(coder) = &coder {
-        codes.reserve_exact(nodes * Coder::stride(space));
-        for row in rows.chunks_exact(space.row_bytes()) {
-            coder.encode(row, &mut codes);
-        }
-    }
-    let levels: Vec<u8> = (0..nodes as u32).map(|node| level(params.seed, node, params.m) as u8).collect();
-    let links = levels.iter().map(|level| Links::new(params.m, usize::from(*level))).collect();
-    let builder = Builder { space, params, rows, coder: coder.as_ref(), codes: &codes, links, entry: Entry::default() };
+    let graph = graph;
 
-    let step = (nodes / HELD_OUT.min(nodes / 20)).max(1);
-    let held_out = |node: &u32| (*node as usize) % step == step / 2;
-    let (last, first): (Vec<u32>, Vec<u32>) = (0..nodes as u32).partition(held_out);
-    builder.link(&first, &levels, threads, stop);
+    let held = HELD_OUT.min(nodes / 20);
+    let level = |node: u32| usize::from(levels[order[node as usize] as usize]);
+    let locks: Vec<Mutex<()>> = (0..nodes).map(|_| Mutex::new(())).collect();
+    let linker = Linker { graph: &graph, coder: &coder, locks: &locks, ef: params.ef_construction.clamp(m, 10_000) };
+    // The rows that came last would all be from one place in sorted input: take every so many-th instead.
+    let bottom = graph.counts.get(1).copied().unwrap_or(0).max(1);
+    let step = ((nodes - bottom) / held.max(1)).max(1);
+    let is_held = |node: u32| node as usize > bottom && (node as usize - bottom) % step == step / 2;
+    let (last, first): (Vec<u32>, Vec<u32>) = (1..nodes as u32).partition(|node| is_held(*node));
+    link(&linker, &first, &level, threads, stop);
     if stop.load(Ordering::Acquire) {
         return None;
     }
-    let ef = builder.calibrate(&last, &first, threads);
-    builder.link(&last, &levels, threads, stop);
+    let walked = params.quantization == Quantization::Sq8 || coder.is_exact();
+    let walker = Walker { space, graph: &graph, coder: walked.then_some(&coder), rows, order: Some(&order) };
+    let ef = calibrate(&walker, &last, &is_held, threads);
+    link(&linker, &last, &level, threads, stop);
     if stop.load(Ordering::Acquire) {
         return None;
     }
-    builder.connect();
-    Some(builder.write(&levels, ef))
+    connect(&graph);
+    Some(write(&walker, ef))
 }
 
-struct Builder<'a> {
-    space: &'a Space,
-    params: &'a Params,
-    rows: &'a [u8],
-    coder: Option<&'a Coder>,
-    codes: &'a [u8],
-    links: Vec<Links>,
-    entry: Entry,
-}
-
-impl Walk for Builder<'_> {
-    fn nodes(&self) -> usize {
-        self.links.len()
-    }
-
-    fn neighbours(&self, node: u32, layer: usize, out: &mut Vec<u32>) {
-        self.links[node as usize].read(self.params.m, layer, out);
-    }
-
-    fn prefetch(&self, node: u32) {
-        match self.coder {
-            Some(_) => {
-                let record = Coder::stride(self.space);
-                prefetch_record(self.codes, node as usize * record, record);
-            }
-            None => prefetch_record(self.rows, node as usize * self.space.row_bytes(), self.space.row_bytes()),
-        }
-    }
-}
-
-impl Growing for Builder<'_> {
-    fn m(&self) -> usize {
-        self.params.m
-    }
-    fn ef_construction(&self) -> usize {
-        self.params.ef_construction
-    }
-    fn entry(&self) -> &Entry {
-        &self.entry
-    }
-    fn links(&self, node: u32) -> Option<&Links> {
-        self.links.get(node as usize)
-    }
-    fn between(&self, one: u32, other: u32) -> f32 {
-        match self.coder {
-            Some(_) => Coder::between(self.space, self.code(one), self.code(other)),
-            None => between(self.space, self.row(one), self.row(other)),
-        }
-    }
-}
-
-impl Builder<'_> {
-    fn row(&self, node: u32) -> &[u8] {
-        let size = self.space.row_bytes();
-        &self.rows[node as usize * size..][..size]
-    }
-
-    fn code(&self, node: u32) -> &[u8] {
-        let size = Coder::stride(self.space);
-        &self.codes[node as usize * size..][..size]
-    }
-
-    fn link(&self, nodes: &[u32], levels: &[u8], threads: usize, stop: &AtomicBool) {
-        let next = AtomicUsize::new(0);
-        let work = || {
-            let mut scratch = Scratch::default();
-            while let Some(node) = nodes.get(next.fetch_add(1, Ordering::Relaxed)) {
-                if stop.load(Ordering::Relaxed) {
-                    return;
-                }
-                let level = usize::from(levels[*node as usize]);
-                match self.coder {
-                    Some(coder) => {
-                        let query = coder.query_of(self.code(*node));
-                        insert(self, *node, level, &|other| query.distance(self.code(other)), &mut scratch);
-                    }
-                    None => {
-                        let row = self.row(*node);
-                        let distance = |other| between(self.space, row, self.row(other));
-                        insert(self, *node, level, &distance, &mut scratch);
-                    }
-                }
-            }
-        };
-        std::thread::scope(|scope| {
-            for _ in 1..threads.max(1) {
-                scope.spawn(work);
-            }
-            work();
-        });
-    }
-
-    /// For each target the smallest ef that reaches it on rows that are not in the graph yet; the largest tried
-    /// where none does.
-    fn calibrate(&self, queries: &[u32], linked: &[u32], threads: usize) -> [u32; TARGETS.len()] {
-        let next = AtomicUsize::new(0);
-        let found = (0..EFS.len()).map(|_| AtomicUsize::new(0)).collect::<Vec<_>>();
-        let work = || {
-            let mut scratch = Scratch::default();
-            let mut numbers = Vec::new();
-            while let Some(node) = queries.get(next.fetch_add(1, Ordering::Relaxed)) {
-                self.space.decode(self.row(*node), &mut numbers);
-                let exact = Prepared::new(self.space, &numbers);
-                let coded = self.coder.map(|coder| coder.query(&numbers));
-                let mut truth = BinaryHeap::new();
-                for other in linked {
-                    let distance = exact.distance(self.row(*other));
-                    keep(&mut truth, CALIBRATED_K, Candidate { distance, node: *other });
-                }
-                // Equally far is equally right.
-                let limit = truth.peek().map_or(f32::INFINITY, |farthest| farthest.distance);
-                for (n, ef) in EFS.iter().enumerate() {
-                    let hits = self.probe(&exact, coded.as_ref(), *ef as usize, &mut scratch);
-                    let right = hits.iter().filter(|hit| hit.distance <= limit).count().min(CALIBRATED_K);
-                    found[n].fetch_add(right, Ordering::Relaxed);
-                    if right == CALIBRATED_K {
-                        // What more candidates find is no less.
-                        for more in &found[n + 1..] {
-                            more.fetch_add(right, Ordering::Relaxed);
-                        }
-                        break;
-                    }
-                }
-            }
-        };
-        std::thread::scope(|scope| {
-            for _ in 1..threads.max(1) {
-                scope.spawn(work);
-            }
-            work();
-        });
-        let all = (queries.len() * CALIBRATED_K).max(1) as f32;
-        TARGETS.map(|target| {
-            let reached = |found: &AtomicUsize| found.load(Ordering::Relaxed) as f32 / all >= target;
-            EFS[found.iter().position(reached).unwrap_or(EFS.len() - 1)]
-        })
-    }
-
-    /// What a search with this ef would answer.
-    fn probe(&self, exact: &Prepared, coded: Option<&CodedQuery>, ef: usize, scratch: &mut Scratch) -> Vec<Candidate> {
-        let mut budget = Budget::unlimited();
-        let distance = |node: u32| match coded {
-            Some(query) => query.distance(self.code(node)),
-            None => exact.distance(self.row(node)),
-        };
-        let Some((entry, top)) = self.entry.get() else { return Vec::new() };
-        let Ok(start) = descend(self, &distance, entry, (top, 0), &mut scratch.links, &mut budget) else {
-            return Vec::new();
-        };
-        if walk_layer(self, &distance, &|_| true, start, (ef, 0), scratch, &mut budget).is_err() {
-            return Vec::new();
-        }
-        let mut hits: Vec<Candidate> = scratch.best.drain().collect();
-        hits.sort_unstable();
-        hits.truncate(CALIBRATED_K + 20);
-        hits.iter_mut().for_each(|hit| hit.distance = exact.distance(self.row(hit.node)));
-        hits.sort_unstable();
-        hits.truncate(CALIBRATED_K);
-        hits
-    }
-
-    /// Gives every node that a walk in layer 0 can't reach from the entry a link from one that it can: choosing
-    /// neighbours may have taken a node's last one away, and then no effort would find it.
-    fn connect(&self) {
-        let Some((entry, _)) = self.entry.get() else { return };
-        let mut links = Vec::new();
-        // Replacing a link may cut another node off, so look again; it ends where nothing is cut off any more.
-        for _ in 0..CONNECT_ROUNDS {
-            let mut met = vec![false; self.links.len()];
-            let mut degree = vec![0u32; self.links.len()];
-            let mut queue = vec![entry];
-            met[entry as usize] = true;
-            while let Some(node) = queue.pop() {
-                self.neighbours(node, 0, &mut links);
-                for other in &links {
-                    degree[*other as usize] += 1;
-                    if !std::mem::replace(&mut met[*other as usize], true) {
-                        queue.push(*other);
-                    }
-                }
-            }
-            let cut_off: Vec<u32> = (0..self.links.len() as u32).filter(|node| !met[*node as usize]).collect();
-            if cut_off.is_empty() {
+fn link(linker: &Linker<'_>, nodes: &[u32], level: &(impl Fn(u32) -> usize + Sync), threads: usize, stop: &AtomicBool) {
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut bench = Bench::default();
+        while let Some(node) = nodes.get(next.fetch_add(1, Ordering::Relaxed)) {
+            if stop.load(Ordering::Relaxed) {
                 return;
             }
-            for node in cut_off {
-                self.neighbours(node, 0, &mut links);
-                let known = links.iter().copied().filter(|other| met[*other as usize]);
-                let nearest =
-                    known.min_by(|a, b| self.between(node, *a).total_cmp(&self.between(node, *b))).unwrap_or(entry);
-                self.links[nearest as usize].adopt(self.params.m, node, &mut degree);
-                met[node as usize] = true;
-            }
+            linker.link(*node, level(*node), &mut bench);
         }
-    }
+    };
+    on_threads(threads, work);
+}
 
-    /// Nodes by level, highest first, and within a level as a walk from the entry meets them in layer 0: what is
-    /// read together lies together.
-    fn order(&self, levels: &[u8]) -> Vec<u32> {
-        let nodes = self.links.len();
-        let mut met = vec![false; nodes];
-        let mut order: Vec<u32> = Vec::with_capacity(nodes);
-        let mut links = Vec::new();
-        let entry = self.entry.get().map_or(0, |(entry, _)| entry);
-        // From the entry first; then from whatever that didn't reach.
-        for start in std::iter::once(entry).chain(0..nodes as u32) {
-            if std::mem::replace(&mut met[start as usize], true) {
+fn on_threads(threads: usize, work: impl Fn() + Sync) {
+    std::thread::scope(|scope| {
+        for _ in 1..threads.max(1) {
+            scope.spawn(&work);
+        }
+        work();
+    });
+}
+
+/// For each target the smallest ef that reaches it on rows that are not in the graph yet; the largest tried where
+/// none does.
+fn calibrate(
+    walker: &Walker<'_>,
+    queries: &[u32],
+    is_held: &(impl Fn(u32) -> bool + Sync),
+    threads: usize,
+) -> [u32; TARGETS.len()] {
+    let next = AtomicUsize::new(0);
+    let found = (0..EFS.len()).map(|_| AtomicUsize::new(0)).collect::<Vec<_>>();
+    let work = || {
+        let mut scratch = Scratch::default();
+        let mut numbers = Vec::new();
+        while let Some(node) = queries.get(next.fetch_add(1, Ordering::Relaxed)) {
+            walker.space.decode(walker.row(*node), &mut numbers);
+            if walker.space.check_query(&numbers).is_err() {
                 continue;
             }
-            let mut at = order.len();
-            order.push(start);
-            while let Some(node) = order.get(at).copied() {
-                at += 1;
-                self.neighbours(node, 0, &mut links);
-                for other in &links {
-                    if !std::mem::replace(&mut met[*other as usize], true) {
-                        order.push(*other);
+            let exact = Prepared::new(walker.space, &numbers);
+            let mut truth = BinaryHeap::new();
+            for other in (0..walker.graph.nodes as u32).filter(|other| !is_held(*other)) {
+                let distance = exact.distance(walker.row(other));
+                keep(&mut truth, CALIBRATED_K, Candidate { distance, node: other });
+            }
+            // Equally far is equally right.
+            let limit = truth.peek().map_or(f32::INFINITY, |farthest| farthest.distance);
+            for (n, ef) in EFS.iter().enumerate() {
+                let mut budget = Budget::unlimited();
+                let walked = walker.nearest(&numbers, &exact, CALIBRATED_K, *ef as usize, &mut scratch, &mut budget);
+                let hits = if walked.is_ok() {
+                    scratch.best.iter()
+                } else {
+                    break;
+                };
+                let right = hits.filter(|hit| hit.distance <= limit).count().min(CALIBRATED_K);
+                found[n].fetch_add(right, Ordering::Relaxed);
+                if right == CALIBRATED_K {
+                    // What more candidates find is no less.
+                    for more in &found[n + 1..] {
+                        more.fetch_add(right, Ordering::Relaxed);
                     }
+                    break;
                 }
             }
         }
-        // The entry is of the highest level and was met first, so it becomes node 0.
-        order.sort_by_key(|node| Reverse(levels[*node as usize]));
-        order
-    }
+    };
+    on_threads(threads, work);
+    let all = (queries.len() * CALIBRATED_K).max(1) as f32;
+    TARGETS.map(|target| {
+        let reached = |found: &AtomicUsize| found.load(Ordering::Relaxed) as f32 / all >= target;
+        EFS[found.iter().position(reached).unwrap_or(EFS.len() - 1)]
+    })
+}
 
-    fn write(&self, levels: &[u8], ef: [u32; TARGETS.len()]) -> Sections {
-        let order = self.order(levels);
-        let mut place = vec![0u32; order.len()];
-        for (slot, node) in order.iter().enumerate() {
-            place[*node as usize] = slot as u32;
-        }
-        let top = usize::from(levels[order[0] as usize]);
-        let counts: Vec<u32> = (0..=top)
-            .map(|layer| order.iter().take_while(|node| usize::from(levels[**node as usize]) >= layer).count() as u32)
-            .collect();
-        let m = self.params.m;
-        let mut graph = head(m, order.len(), &counts, self.coder, ef);
-        let mut links = Vec::new();
-        for (layer, count) in counts.iter().enumerate() {
-            for node in &order[..*count as usize] {
-                let end = graph.len() + stride(m, layer);
-                self.neighbours(*node, layer, &mut links);
-                graph.extend_from_slice(&(links.len() as u32).to_le_bytes());
-                for other in &links {
-                    graph.extend_from_slice(&place[*other as usize].to_le_bytes());
+/// Gives every node that a walk in layer 0 can't reach from node 0 a link from one that it can: choosing neighbours
+/// may have taken a node's last one away, and then no effort would find it.
+fn connect(graph: &Graph) {
+    // Replacing a link may cut another node off, so look again; it ends where nothing is cut off any more.
+    for _ in 0..CONNECT_ROUNDS {
+        let mut met = vec![false; graph.nodes];
+        let mut degree = vec![0u32; graph.nodes];
+        let mut queue = vec![0];
+        met[0] = true;
+        while let Some(node) = queue.pop() {
+            for other in graph.links(0, node) {
+                degree[other as usize] += 1;
+                if !std::mem::replace(&mut met[other as usize], true) {
+                    queue.push(other);
                 }
-                graph.resize(end, 0);
             }
         }
-        let vectors = order.iter().flat_map(|node| self.row(*node)).copied().collect();
-        let codes = match self.coder {
-            Some(_) => order.iter().flat_map(|node| self.code(*node)).copied().collect(),
-            None => Vec::new(),
-        };
-        Sections { order, vectors, codes, graph }
+        let cut_off: Vec<u32> = (0..graph.nodes as u32).filter(|node| !met[*node as usize]).collect();
+        if cut_off.is_empty() {
+            return;
+        }
+        for node in cut_off {
+            // A node's own links come nearest first.
+            let from = graph.links(0, node).find(|other| met[*other as usize]).unwrap_or(0);
+            let list = graph.list(0, from);
+            let target = |word: &AtomicU32| word.load(Ordering::Relaxed);
+            let free = list.iter().find(|word| target(word) == 0);
+            let place = free.or_else(|| list.iter().max_by_key(|word| degree[target(word) as usize - 1]));
+            let Some(place) = place else { continue };
+            if let Some(replaced) = target(place).checked_sub(1) {
+                // Links of nodes that were cut off themselves have not been counted.
+                let links = &mut degree[replaced as usize];
+                *links = links.saturating_sub(1);
+            }
+            place.store(node + 1, Ordering::Relaxed);
+            degree[node as usize] += 1;
+            met[node as usize] = true;
+        }
     }
+}
+
+/// Within the nodes of a level as a walk from node 0 meets them in layer 0: what is read together lies together.
+fn renumber(graph: &Graph) -> Vec<u32> {
+    let nodes = graph.nodes;
+    let mut met = vec![false; nodes];
+    let mut order: Vec<u32> = Vec::with_capacity(nodes);
+    for start in 0..nodes as u32 {
+        if std::mem::replace(&mut met[start as usize], true) {
+            continue;
+        }
+        let mut at = order.len();
+        order.push(start);
+        while let Some(node) = order.get(at).copied() {
+            at += 1;
+            for other in graph.links(0, node) {
+                if !std::mem::replace(&mut met[other as usize], true) {
+                    order.push(other);
+                }
+            }
+        }
+    }
+    // Layers stay prefixes: a node's level is how many layers hold it.
+    order.sort_by_key(|node| Reverse(graph.counts.iter().filter(|count| (*node as usize) < **count).count()));
+    order
+}
+
+fn write(walker: &Walker<'_>, ef: [u32; TARGETS.len()]) -> Sections {
+    let graph = walker.graph;
+    let order = renumber(graph);
+    let mut place = vec![0u32; order.len()];
+    for (slot, node) in order.iter().enumerate() {
+        place[*node as usize] = slot as u32;
+    }
+    let mut bytes = head(graph.m, order.len(), &graph.counts, walker.coder, ef);
+    for (layer, count) in graph.counts.iter().enumerate() {
+        for node in &order[..*count] {
+            let end = bytes.len() + graph.room(layer) * 4;
+            for other in graph.links(layer, *node) {
+                bytes.extend_from_slice(&(place[other as usize] + 1).to_le_bytes());
+            }
+            bytes.resize(end, 0);
+        }
+    }
+    let mut vectors = Vec::with_capacity(order.len() * walker.space.row_bytes());
+    order.iter().for_each(|node| vectors.extend_from_slice(walker.row(*node)));
+    let mut codes = Vec::new();
+    if walker.coder.is_some_and(|coder| !coder.is_exact()) {
+        let stride = Coder::stride(walker.space);
+        codes.reserve_exact(order.len() * stride);
+        order
+            .iter()
+            .for_each(|node| codes.extend_from_slice(&graph.codes.bytes()[*node as usize * stride..][..stride]));
+    }
+    let rows = order.iter().map(|node| walker.input(*node)).collect();
+    Sections { order: rows, vectors, codes, graph: bytes }
 }
 
 /// The graph section's header and coder.
-fn head(m: usize, nodes: usize, counts: &[u32], coder: Option<&Coder>, ef: [u32; TARGETS.len()]) -> Vec<u8> {
+fn head(m: usize, nodes: usize, counts: &[usize], coder: Option<&Coder>, ef: [u32; TARGETS.len()]) -> Vec<u8> {
     let mut bytes = vec![0; header::SIZE];
     let mut put = |at: usize, value: u32| bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
     put(header::MAGIC, MAGIC);
@@ -346,7 +284,7 @@ fn head(m: usize, nodes: usize, counts: &[u32], coder: Option<&Coder>, ef: [u32;
         put(header::EF + n * 4, *ef);
     }
     for (layer, count) in counts.iter().enumerate().take(MAX_LAYER + 1) {
-        put(header::COUNTS + layer * 4, *count);
+        put(header::COUNTS + layer * 4, *count as u32);
     }
     match coder {
         Some(coder) => {

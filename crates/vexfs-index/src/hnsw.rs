@@ -157,27 +157,6 @@ impl Links {
         }
     }
 
-    /// Links to `node` in layer 0, in place of the neighbour that has the most other links to it if need be.
-    /// `degree` counts the links to each node.
-    pub fn adopt(&self, m: usize, node: u32, degree: &mut [u32]) {
-        let _writing = self.lock();
-        let [count, slots @ ..] = self.layer(m, 0) else { return };
-        let used = count.load(Ordering::Acquire) as usize;
-        let linked_to = |slot: &AtomicU32| degree[slot.load(Ordering::Relaxed) as usize];
-        let place = match slots.get(used) {
-            Some(free) => Some(free),
-            None => slots.iter().max_by_key(|slot| linked_to(slot)),
-        };
-        let Some(place) = place else { return };
-        if used < slots.len() {
-            count.store(used as u32 + 1, Ordering::Release);
-        } else {
-            degree[place.load(Ordering::Relaxed) as usize] -= 1;
-        }
-        place.store(node, Ordering::Relaxed);
-        degree[node as usize] += 1;
-    }
-
     /// Bytes kept.
     pub fn bytes(&self) -> usize {
         size_of::<Links>() + self.slots.len() * 4
@@ -269,7 +248,9 @@ pub(crate) fn insert(
 fn link_back(graph: &impl Growing, of: &Candidate, node: u32, layer: usize, scratch: &mut Scratch) {
     let m = graph.m();
     let room = if layer == 0 { 2 * m } else { m };
-    let Some(links) = graph.links(of.node) else { return };
+    let Some(links) = graph.links(of.node) else {
+        return;
+    };
     let Scratch { links: current, sorted, chosen, .. } = scratch;
     let _writing = links.lock();
     links.read(m, layer, current);

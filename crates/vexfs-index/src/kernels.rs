@@ -5,6 +5,8 @@
 //! VNNI's instruction, which is worth 2 to 4 times, so that one is written by hand.
 #![allow(unsafe_code)]
 
+pub mod codes;
+
 use std::sync::OnceLock;
 
 use half::f16;
@@ -81,31 +83,6 @@ fn dot_i8_body(x: &[u8], row: &[u8]) -> i64 {
 fn l2_i8_body(x: &[u8], row: &[u8]) -> i64 {
     sum_int(x, row, |b| i16::from(b as i8), |a, b| (a - b) * (a - b))
 }
-/// `codes` are biased by 128; the sum is of biased codes times `x`.
-#[inline(always)]
-fn dot_codes_body(x: &[i8], codes: &[u8]) -> i32 {
-    let mut sum = 0i32;
-    for (x, code) in x.iter().zip(codes) {
-        sum += i32::from(*x) * i32::from(*code);
-    }
-    sum
-}
-
-/// Both sides are biased by 128; the sum is of the true codes' products.
-#[inline(always)]
-fn dot_biased_body(one: &[u8], other: &[u8]) -> i32 {
-    const LANES: usize = 32;
-    let mut lanes = [0i32; LANES];
-    let whole = one.len().min(other.len()) / LANES * LANES;
-    for (one, other) in one[..whole].chunks_exact(LANES).zip(other[..whole].chunks_exact(LANES)) {
-        for lane in 0..LANES {
-            lanes[lane] += (i32::from(one[lane]) - 128) * (i32::from(other[lane]) - 128);
-        }
-    }
-    let tail = one[whole..].iter().zip(&other[whole..]);
-    lanes.iter().sum::<i32>() + tail.map(|(a, b)| (i32::from(*a) - 128) * (i32::from(*b) - 128)).sum::<i32>()
-}
-
 /// The kernels of one instruction set.
 pub struct Kernels {
     name: &'static str,
@@ -115,12 +92,10 @@ pub struct Kernels {
     l2_u8: unsafe fn(&[u8], &[u8]) -> i64,
     dot_i8: unsafe fn(&[u8], &[u8]) -> i64,
     l2_i8: unsafe fn(&[u8], &[u8]) -> i64,
-    dot_codes: unsafe fn(&[i8], &[u8]) -> i32,
-    dot_biased: unsafe fn(&[u8], &[u8]) -> i32,
 }
 
 macro_rules! variant {
-    ($module:ident, $name:literal, $features:literal, $dot_codes:path) => {
+    ($module:ident, $name:literal, $features:literal) => {
         mod $module {
             use super::*;
 
@@ -148,80 +123,16 @@ macro_rules! variant {
             fn l2_i8(x: &[u8], row: &[u8]) -> i64 {
                 l2_i8_body(x, row)
             }
-            #[target_feature(enable = $features)]
-            #[allow(dead_code, reason = "the variants with VNNI have their own")]
-            pub(super) fn dot_codes(x: &[i8], codes: &[u8]) -> i32 {
-                dot_codes_body(x, codes)
-            }
-            #[target_feature(enable = $features)]
-            fn dot_biased(one: &[u8], other: &[u8]) -> i32 {
-                dot_biased_body(one, other)
-            }
 
-            pub(super) static KERNELS: Kernels = Kernels {
-                name: $name,
-                dot_f32,
-                l2_f32,
-                dot_u8,
-                l2_u8,
-                dot_i8,
-                l2_i8,
-                dot_codes: $dot_codes,
-                dot_biased,
-            };
+            pub(super) static KERNELS: Kernels = Kernels { name: $name, dot_f32, l2_f32, dot_u8, l2_u8, dot_i8, l2_i8 };
         }
     };
 }
 
 #[cfg(target_arch = "x86_64")]
-variant!(avx512, "avx512-vnni", "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c", super::vnni::dot_codes);
+variant!(avx512, "avx512-vnni", "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
-variant!(avx2, "avx2", "avx2,fma,f16c", dot_codes);
-
-#[cfg(target_arch = "x86_64")]
-mod vnni {
-    use std::arch::x86_64::{
-        _mm256_loadu_si256, _mm512_add_epi32, _mm512_castsi256_si512, _mm512_dpbusd_epi32, _mm512_loadu_si512,
-        _mm512_reduce_add_epi32, _mm512_setzero_si512, _mm512_zextsi256_si512,
-    };
-
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-    pub(super) fn dot_codes(x: &[i8], codes: &[u8]) -> i32 {
-        let n = x.len().min(codes.len());
-        let mut one = _mm512_setzero_si512();
-        let mut two = _mm512_setzero_si512();
-        let mut at = 0;
-        while at + 128 <= n {
-            // SAFETY: 128 bytes from `at` lie within both slices; unaligned loads. Indexing bounds each of the
-            // loads by itself, which costs a tenth of the kernel's time.
-            unsafe {
-                let code = codes.as_ptr().add(at);
-                let query = x.as_ptr().add(at);
-                one = _mm512_dpbusd_epi32(one, _mm512_loadu_si512(code.cast()), _mm512_loadu_si512(query.cast()));
-                two = _mm512_dpbusd_epi32(
-                    two,
-                    _mm512_loadu_si512(code.add(64).cast()),
-                    _mm512_loadu_si512(query.add(64).cast()),
-                );
-            }
-            at += 128;
-        }
-        while at + 32 <= n {
-            // SAFETY: 32 bytes from `at` lie within both slices; unaligned loads.
-            let (code, query) = unsafe {
-                (
-                    _mm512_zextsi256_si512(_mm256_loadu_si256(codes.as_ptr().add(at).cast())),
-                    _mm512_castsi256_si512(_mm256_loadu_si256(x.as_ptr().add(at).cast())),
-                )
-            };
-            // The upper half of the codes is zero, so what the query has there doesn't count.
-            two = _mm512_dpbusd_epi32(two, code, query);
-            at += 32;
-        }
-        let sum = _mm512_reduce_add_epi32(_mm512_add_epi32(one, two));
-        sum + super::dot_codes_body(&x[at..n], &codes[at..n])
-    }
-}
+variant!(avx2, "avx2", "avx2,fma,f16c");
 
 static SCALAR: Kernels = Kernels {
     name: "scalar",
@@ -231,8 +142,6 @@ static SCALAR: Kernels = Kernels {
     l2_u8: l2_u8_body,
     dot_i8: dot_i8_body,
     l2_i8: l2_i8_body,
-    dot_codes: dot_codes_body,
-    dot_biased: dot_biased_body,
 };
 
 /// The kernels that this machine can run, best first.
@@ -269,18 +178,6 @@ pub fn name() -> &'static str {
     best().name
 }
 
-/// Dot product of i8 numbers with codes biased by 128.
-pub fn dot_codes(x: &[i8], codes: &[u8]) -> i32 {
-    // SAFETY: `best` lists a variant only where the machine has its features.
-    unsafe { (best().dot_codes)(x, codes) }
-}
-
-/// Dot product of two rows of codes, both biased by 128.
-pub fn dot_biased(one: &[u8], other: &[u8]) -> i32 {
-    // SAFETY: as in `dot_codes`.
-    unsafe { (best().dot_biased)(one, other) }
-}
-
 /// Asks for a cache line ahead of its use; any address will do.
 #[inline(always)]
 pub fn prefetch(bytes: &[u8], at: usize) {
@@ -293,6 +190,19 @@ pub fn prefetch(bytes: &[u8], at: usize) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = (bytes, at);
+}
+
+/// Asks for the cache line of a word ahead of its use.
+#[inline(always)]
+pub fn prefetch_word(words: &[std::sync::atomic::AtomicU32], at: usize) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch never faults, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(words.as_ptr().wrapping_add(at).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (words, at);
 }
 
 /// Distance between two rows of a space.
@@ -427,7 +337,9 @@ impl Prepared {
 
     fn fraction(&self, query: &[f32], row: &[u8]) -> f32 {
         let signed = self.space.element() == Element::I8;
-        let number = |b: u8| if signed { f32::from(b as i8) } else { f32::from(b) };
+        let number = |b: u8| {
+            if signed { f32::from(b as i8) } else { f32::from(b) }
+        };
         let pairs = || query.iter().zip(row).map(|(x, b)| (*x, number(*b)));
         match self.space.metric() {
             Metric::L2 => pairs().map(|(x, y)| (x - y) * (x - y)).sum(),

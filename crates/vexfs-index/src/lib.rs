@@ -7,9 +7,11 @@
 mod build;
 mod codes;
 mod flat;
+mod graph;
 mod hnsw;
 mod kernels;
 mod mutable;
+mod raw;
 mod request;
 mod sealed;
 mod space;

@@ -63,7 +63,9 @@ impl Mutable {
 
     /// Links a pending point into the graph. Does nothing where that was done or another thread does it.
     pub fn link(&self, slot: Slot, scratch: &mut Scratch) {
-        let Some(node) = self.nodes.get(slot.0 as usize) else { return };
+        let Some(node) = self.nodes.get(slot.0 as usize) else {
+            return;
+        };
         if node.claimed.swap(true, Ordering::AcqRel) {
             return;
         }

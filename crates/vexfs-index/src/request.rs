@@ -130,6 +130,44 @@ pub struct Scratch {
     pub(crate) links: Vec<u32>,
     pub(crate) sorted: Vec<Candidate>,
     pub(crate) chosen: Vec<Candidate>,
+    pub(crate) pool: crate::graph::Pool,
+    pub(crate) marks: Marks,
+    pub(crate) query: crate::codes::CodedQuery,
+    pub(crate) values: Vec<f32>,
+}
+
+/// Which nodes a walk has met: a bit for each, so that a large graph's marks stay in the nearest caches.
+#[derive(Default)]
+pub(crate) struct Marks {
+    bits: Vec<u64>,
+    /// What to clear before the next walk.
+    met: Vec<u32>,
+}
+
+impl Marks {
+    pub fn start(&mut self, nodes: usize) {
+        for node in self.met.drain(..) {
+            if let Some(bits) = self.bits.get_mut(node as usize / 64) {
+                *bits = 0;
+            }
+        }
+        if self.bits.len() < nodes.div_ceil(64) {
+            self.bits.resize(nodes.div_ceil(64), 0);
+        }
+    }
+
+    /// True at the first meeting.
+    #[inline(always)]
+    pub fn meet(&mut self, node: u32) -> bool {
+        match self.bits.get_mut(node as usize / 64) {
+            Some(bits) if *bits >> (node % 64) & 1 == 0 => {
+                *bits |= 1 << (node % 64);
+                self.met.push(node);
+                true
+            }
+            _ => false,
+        }
+    }
 }
 
 /// Which nodes a walk has met: a stamp for each, so that nothing is cleared between walks.
@@ -169,6 +207,8 @@ pub(crate) struct Budget {
     deadline: Option<Instant>,
     most: u64,
     next_look: u64,
+    /// A limit of the search's own, not of who asked.
+    own: u64,
 }
 
 /// Distances between two looks at the clock: some tens of microseconds.
@@ -181,16 +221,32 @@ impl Budget {
             deadline: request.deadline,
             most: request.max_distances.unwrap_or(u64::MAX),
             next_look: 0,
+            own: u64::MAX,
         }
     }
 
     pub fn unlimited() -> Budget {
-        Budget { stats: Stats::default(), deadline: None, most: u64::MAX, next_look: u64::MAX }
+        Budget { stats: Stats::default(), deadline: None, most: u64::MAX, next_look: u64::MAX, own: u64::MAX }
+    }
+
+    /// Stops what comes next after so many more distances, to try another way.
+    pub fn give_up_after(&mut self, distances: u64) {
+        self.own = self.stats.distances.saturating_add(distances);
+    }
+
+    /// Was it that limit, rather than the asker's?
+    pub fn gave_up(&self) -> bool {
+        self.stats.distances > self.own && self.stats.distances <= self.most
+    }
+
+    /// Lifts that limit.
+    pub fn go_on(&mut self) {
+        self.own = u64::MAX;
     }
 
     pub fn spend(&mut self, distances: u64) -> Result<(), SearchError> {
         self.stats.distances += distances;
-        if self.stats.distances > self.most {
+        if self.stats.distances > self.most.min(self.own) {
             return Err(SearchError::WorkLimit);
         }
         if self.stats.distances >= self.next_look {

@@ -149,6 +149,38 @@ fn a_filter_gives_k_hits_where_k_exist() {
     }
 }
 
+/// Allows the rows that lie far from a query.
+struct Far<'a>(&'a Flat, &'a [f32], f32);
+impl Filter for Far<'_> {
+    fn allows(&self, slot: Slot) -> bool {
+        self.0.space().distance(self.1, self.0.row(slot)) > self.2
+    }
+}
+
+#[test]
+fn a_filter_that_allows_only_what_is_far_is_answered_in_full() {
+    let space = Space::new(16, Metric::L2, Element::F32).unwrap();
+    let (rows, queries) = data(&space, 4_000, 21);
+    let sealed = seal(space, &rows, &Params::default());
+    let flat = Flat::new(space, Arc::clone(&sealed.vectors));
+    let (mut scratch, mut out, mut truth) = (Scratch::default(), Vec::new(), Vec::new());
+    for share in [0.5, 0.1, 0.01] {
+        let (mut right, mut all) = (0, 0);
+        for query in &queries {
+            flat.search(query, &Request::nearest(4_000), &mut scratch, &mut out).unwrap();
+            let limit = out[(4_000.0 * (1.0 - share)) as usize].distance;
+            let filter = Far(&flat, query, limit);
+            let request = Request { filter: Some(&filter), ..Request::nearest(10) };
+            flat.search(query, &request, &mut scratch, &mut truth).unwrap();
+            sealed.search(query, &request, &mut scratch, &mut out).unwrap();
+            assert_eq!(out.len(), truth.len());
+            right += out.iter().filter(|hit| truth.contains(hit)).count();
+            all += truth.len();
+        }
+        assert!(right as f64 >= 0.95 * all as f64, "share {share}: {right} of {all}");
+    }
+}
+
 #[test]
 fn every_point_of_a_sealed_graph_can_be_reached() {
     // Uniform data and few links: what leaves nodes without a link to them.

@@ -39,10 +39,20 @@ pub struct IndexArgs {
     /// none or sq8; rows of 8-bit integers are walked as they are.
     #[arg(long, default_value = "sq8")]
     quantization: Quantization,
+    /// Only the first rows of the base.
+    #[arg(long)]
+    rows: Option<usize>,
+    /// Recall targets instead of ef: the index's own calibration chooses.
+    #[arg(long, value_delimiter = ',', conflicts_with = "ef")]
+    recall: Vec<f32>,
+    /// How often the queries are run; the median counts.
+    #[arg(long, default_value_t = 3)]
+    repeat: usize,
     /// Candidates kept in a walk, one measurement each.
     #[arg(long, value_delimiter = ',', default_value = "10,16,24,32,48,64,96,128,192,256,384,512")]
     ef: Vec<usize>,
-    /// Threads of the build, and of the batch that the second rate is measured with.
+    /// Threads of the build and of the batch that `qps` is measured with [default: all cores]. Latencies and
+    /// `qps_one_thread` are of one query at a time.
     #[arg(long)]
     threads: Option<usize>,
     /// As JSON.
@@ -145,7 +155,10 @@ fn peak_rss() -> Option<u64> {
 /// Measures and prints.
 pub fn index(args: &IndexArgs) -> Result<(), String> {
     let threads = args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from)).max(1);
-    let Rows { bytes, space } = read_base(&args.base, args.metric)?;
+    let Rows { mut bytes, space } = read_base(&args.base, args.metric)?;
+    if let Some(rows) = args.rows {
+        bytes.truncate(rows.saturating_mul(space.row_bytes()));
+    }
     let points = bytes.len() / space.row_bytes();
     let truth = read_truth(&args.truth, args.k)?;
     let source = read(&args.queries)?;
@@ -177,16 +190,35 @@ pub fn index(args: &IndexArgs) -> Result<(), String> {
     let memory = index.memory();
 
     let mut rows = Vec::new();
-    for ef in &args.ef {
-        let request = Request { effort: Effort::Ef(*ef), ..Request::nearest(args.k) };
-        let one = single(&index, &order, &queries, &truth, &request)?;
-        let at = |share: f64| one.latencies[((one.latencies.len() - 1) as f64 * share) as usize];
+    let efforts: Vec<Effort> = match args.recall.is_empty() {
+        true => args.ef.iter().map(|ef| Effort::Ef(*ef)).collect(),
+        false => args.recall.iter().map(|recall| Effort::Recall(*recall)).collect(),
+    };
+    for effort in efforts {
+        let request = Request { effort, ..Request::nearest(args.k) };
         let n = queries.len() as f64;
+        let mut runs = Vec::new();
+        let mut batches = Vec::new();
+        for _ in 0..args.repeat.max(1) {
+            runs.push(single(&index, &order, &queries, &truth, &request)?);
+            if threads > 1 {
+                batches.push(batch(&index, &queries, &request, threads));
+            }
+        }
+        runs.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
+        batches.sort_by(f64::total_cmp);
+        let one = &runs[runs.len() / 2];
+        let at = |share: f64| one.latencies[((one.latencies.len() - 1) as f64 * share) as usize];
+        let alone = n / one.seconds;
+        let (kind, asked) = match effort {
+            Effort::Ef(ef) => ("ef", json!(ef)),
+            Effort::Recall(recall) => ("target", json!(recall)),
+        };
         rows.push(json!({
-            "ef": ef,
+            kind: asked,
             "recall": one.right as f64 / (n * args.k as f64),
-            "qps": n / one.seconds,
-            "qps_batch": batch(&index, &queries, &request, threads),
+            "qps": batches.get(batches.len() / 2).copied().unwrap_or(alone),
+            "qps_one_thread": alone,
             "p50_us": at(0.5),
             "p99_us": at(0.99),
             "distances": one.distances as f64 / n,
@@ -226,16 +258,16 @@ pub fn index(args: &IndexArgs) -> Result<(), String> {
     );
     println!(
         "{:>6} {:>9} {:>10} {:>10} {:>9} {:>9} {:>10}",
-        "ef", "recall", "qps", "qps batch", "p50 us", "p99 us", "distances"
+        "effort", "recall", "qps", "one thread", "p50 us", "p99 us", "distances"
     );
     let figure = |row: &serde_json::Value, key: &str| row[key].as_f64().unwrap_or(f64::NAN);
     for row in &rows {
         println!(
             "{:>6} {:>9.4} {:>10.0} {:>10.0} {:>9.1} {:>9.1} {:>10.0}",
-            row["ef"].as_u64().unwrap_or(0),
+            row["ef"].as_f64().or(row["target"].as_f64()).unwrap_or(f64::NAN),
             figure(row, "recall"),
             figure(row, "qps"),
-            figure(row, "qps_batch"),
+            figure(row, "qps_one_thread"),
             figure(row, "p50_us"),
             figure(row, "p99_us"),
             figure(row, "distances")

@@ -1,5 +1,3 @@
-use proptest::prelude::*;
-
 use super::*;
 
 /// In f64, from the rows' own bytes: what every kernel must come to.
@@ -73,19 +71,5 @@ fn a_fractional_query_meets_integer_rows() {
         let got = f64::from(space.distance(&query, &[1, 200, 255]));
         let wanted = reference(&space, &query, &[1, 200, 255]);
         assert!((got - wanted).abs() < 1e-3 * wanted.abs().max(1.0), "{metric}: {got} for {wanted}");
-    }
-}
-
-proptest! {
-    #[test]
-    fn codes_multiply_alike_on_every_instruction_set(
-        pairs in prop::collection::vec((any::<i8>(), any::<u8>()), 0..600)
-    ) {
-        let (x, codes): (Vec<i8>, Vec<u8>) = pairs.into_iter().unzip();
-        let wanted: i32 = x.iter().zip(&codes).map(|(x, c)| i32::from(*x) * i32::from(*c)).sum();
-        for kernels in available() {
-            // SAFETY: `available` lists what the machine has.
-            prop_assert_eq!(unsafe { (kernels.dot_codes)(&x, &codes) }, wanted, "{}", kernels.name);
-        }
     }
 }
