@@ -12,7 +12,7 @@ use crate::kernels::Prepared;
 use crate::request::{Budget, Candidate, Scratch, keep};
 use crate::sealed::{MAGIC, TARGETS, Walker, header};
 use crate::space::Quantization;
-use crate::{Params, Space};
+use crate::{Metric, Params, Space};
 
 /// Fewer rows get no graph: an exact scan of them is as fast as a walk and never misses.
 const GRAPH_FROM: usize = 1_000;
@@ -94,7 +94,11 @@ pub fn build(space: &Space, rows: &[u8], params: &Params, threads: usize, stop: 
     if stop.load(Ordering::Acquire) {
         return None;
     }
-    connect(&graph);
+    // By inner product most links lead to the few long vectors that are the answers; short ones are left without,
+    // and links taken from the long ones for them would cost more than they bring.
+    if space.metric() != Metric::InnerProduct {
+        connect(&graph);
+    }
     Some(write(&walker, ef))
 }
 
