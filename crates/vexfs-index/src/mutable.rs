@@ -80,6 +80,11 @@ impl Mutable {
         self.settled.fetch_max(settled, Ordering::AcqRel);
     }
 
+    /// No point below this slot is pending.
+    pub fn first_pending(&self) -> Slot {
+        Slot(self.settled.load(Ordering::Acquire) as u32)
+    }
+
     /// Points that are not linked yet.
     pub fn pending(&self) -> usize {
         self.len().saturating_sub(self.linked.load(Ordering::Acquire))

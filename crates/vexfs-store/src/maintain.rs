@@ -65,7 +65,7 @@ fn link_loop(inner: &Inner) {
         for collection in collections {
             for part in collection.parts.load().iter() {
                 let Some(index) = part.as_head() else { continue };
-                let mut slot = 0;
+                let mut slot = index.first_pending().0;
                 while index.pending() > 0 && slot < index.len() as u32 && !stopping(inner) {
                     index.link(Slot(slot), &mut scratch);
                     slot += 1;

@@ -38,7 +38,8 @@ fn near(volume: &Volume, vector: &[f32], k: usize) -> Vec<String> {
         vector: vector.to_vec(),
         k,
         effort: Effort::default(),
-        exact: false,
+        // What is kept is asked here, not how well a walk finds it.
+        exact: true,
         max_distance: None,
         scope: FileId::ROOT,
         exclude: None,
@@ -50,7 +51,7 @@ fn near(volume: &Volume, vector: &[f32], k: usize) -> Vec<String> {
 
 /// Rows enough for a segment of their own.
 fn bulk(seed: u64) -> Vec<f32> {
-    let mut state = seed | 1;
+    let mut state = seed * 2 + 1;
     (0..BULK_ROWS * 4)
         .map(|_| {
             state ^= state << 13;
