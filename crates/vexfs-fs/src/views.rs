@@ -1,8 +1,10 @@
 //! The virtual side: `.vexfs` in every directory, with the query file, statistics and ranked links.
 //!
-//!     DIR/.vexfs/query                  requests in, answers out (see `wire`)
-//!     DIR/.vexfs/stats.json             the state of DIR and below
-//!     DIR/.vexfs/similar/NAME[#ROW][?k=20&recall=0.99]/
+//! ```text
+//! DIR/.vexfs/query                  requests in, answers out (see the module wire)
+//! DIR/.vexfs/stats.json             the state of DIR and below
+//! DIR/.vexfs/similar/NAME[#ROW][?k=20&recall=0.99]/
+//! ```
 //!
 //! A node is made by its lookup and goes with its last forget. A listing is what was found when the directory was
 //! looked up or last listed from its start.
