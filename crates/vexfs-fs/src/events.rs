@@ -7,7 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 
 use rustix::io::Errno;
-use vexfs_store::{FileId, Link};
+use vexfs_store::{FileId, Link, Volume};
 
 use crate::errors::Failure;
 use crate::ingest::{Ingest, When, is_interesting};
@@ -69,18 +69,8 @@ pub struct IndexEvents {
 }
 
 impl IndexEvents {
-    /// The volume learns where a directory is when the first vector file below it appears.
     fn place(&self, dir: FileId) {
-        let mut unknown: Vec<(FileId, Link)> = Vec::new();
-        let mut at = dir;
-        while !self.ingest.volume.knows_dir(at) {
-            let Some((parent, name)) = self.nodes.place(at) else { break };
-            unknown.push((at, link(parent, &name)));
-            at = parent;
-        }
-        for (dir, link) in unknown.into_iter().rev() {
-            self.ingest.volume.set_dir(dir, link);
-        }
+        place(&self.ingest.volume, &self.nodes, dir);
     }
 
     fn dir_moved(&self, dir: FileId, from: FileId, to: (FileId, &OsStr)) {
@@ -89,6 +79,21 @@ impl IndexEvents {
             self.ingest.volume.set_dir(dir, link(to.0, to.1));
             self.ingest.dir_moved(dir, from, to.0);
         }
+    }
+}
+
+/// Tells the volume where a directory and its ancestors are, which it learns only when it has to: when the first vector
+/// file appears below, or a question is asked there.
+pub fn place(volume: &Volume, nodes: &Nodes, dir: FileId) {
+    let mut unknown: Vec<(FileId, Link)> = Vec::new();
+    let mut at = dir;
+    while !volume.knows_dir(at) {
+        let Some((parent, name)) = nodes.place(at) else { break };
+        unknown.push((at, link(parent, &name)));
+        at = parent;
+    }
+    for (dir, link) in unknown.into_iter().rev() {
+        volume.set_dir(dir, link);
     }
 }
 

@@ -3,7 +3,6 @@
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -373,11 +372,7 @@ pub fn unmount(mountpoint: &Path, device: Option<u64>, lazily: bool) -> io::Resu
         other => return Ok(other?),
     }
     let mut command = std::process::Command::new("fusermount3");
-    command
-        .arg("-u")
-        .args(lazily.then_some("-z"))
-        .arg("--")
-        .arg(std::ffi::OsStr::from_bytes(mountpoint.as_os_str().as_bytes()));
+    command.arg("-u").args(lazily.then_some("-z")).arg("--").arg(mountpoint);
     let output = command.output()?;
     match output.status.success() {
         true => Ok(()),

@@ -20,6 +20,7 @@ use vexfs_store::{Content, FileId};
 
 use crate::access::{Access, Caller};
 use crate::errors::{Failure, name};
+use crate::events::place;
 use crate::ingest::Ingest;
 use crate::nodes::{Nodes, VIRTUAL_BASE};
 use crate::service::{Service, join};
@@ -173,7 +174,7 @@ impl Views {
             if asked != RESERVED || !dir.is_dir() {
                 return Err(Errno::NOENT);
             }
-            self.ensure_known(FileId(parent));
+            place(&self.ingest.volume, &self.nodes, FileId(parent));
             return Ok(self.enter(What::Top(FileId(parent))));
         }
         let what = match (self.what(parent)?, asked.as_bytes()) {
@@ -195,20 +196,6 @@ impl Views {
             _ => return Err(Errno::NOENT),
         };
         Ok(self.enter(what))
-    }
-
-    /// The store knows only directories with vector files below; a question may be asked in any.
-    fn ensure_known(&self, dir: FileId) {
-        let mut chain = Vec::new();
-        let mut at = dir;
-        while !self.ingest.volume.knows_dir(at) {
-            let Some((parent, name)) = self.nodes.place(at) else { return };
-            chain.push((at, vexfs_store::Link { parent, name: name.as_bytes().to_vec() }));
-            at = parent;
-        }
-        for (dir, link) in chain.into_iter().rev() {
-            self.ingest.volume.set_dir(dir, link);
-        }
     }
 
     fn example_point(&self, caller: Caller, dir: FileId, example: &Example) -> Result<(FileId, u32), Errno> {

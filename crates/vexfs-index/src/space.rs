@@ -63,7 +63,7 @@ names! {
     Quantization {
         /// The full vectors.
         None = "none",
-        /// 8 bits a number, scaled by vector.
+        /// 8 bits a number, one scale for all rows of a segment.
         Sq8 = "sq8",
     }
 }
