@@ -1,30 +1,30 @@
 //! From rows to a sealed index: code, link in parallel, calibrate, number for locality, write flat.
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
-use crate::codes::Coder;
-use crate::graph::{Bench, Graph, Linker, MOST_NODES};
+use crate::codes::{Coder, Width};
+use crate::graph::{Bench, Graph, Linker, MOST_NODES, Nodes};
 use crate::hnsw::{MAX_LAYER, level};
 use crate::kernels::Prepared;
-use crate::request::{Budget, Candidate, Scratch, keep};
-use crate::sealed::{MAGIC, TARGETS, Walker, header};
+use crate::raw::Huge;
+use crate::request::{Budget, Scratch};
+use crate::sealed::{CALIBRATED_K, Calibration, MAGIC, Plan, TARGETS, Walker, header, rows_are_codes};
 use crate::space::Quantization;
 use crate::{Metric, Params, Space};
 
 /// Fewer rows get no graph: an exact scan of them is as fast as a walk and never misses.
 const GRAPH_FROM: usize = 1_000;
 /// Rows that are kept out until the graph has been calibrated with them.
-const HELD_OUT: usize = 200;
-/// Hits that recall is measured over.
-const CALIBRATED_K: usize = 10;
+const HELD_OUT: usize = 500;
 /// Times that nodes which were cut off are looked for.
 const CONNECT_ROUNDS: usize = 8;
 /// Values of ef that are tried, smallest first.
 const EFS: [u32; 24] =
     [10, 12, 14, 17, 20, 24, 28, 34, 40, 48, 56, 68, 80, 96, 112, 136, 160, 192, 256, 384, 512, 1024, 2048, 4096];
+/// Candidates of the scan that finds what is true.
+const TRUTH_POOL: usize = 100;
 /// Links of a node at least and at most.
 pub(crate) const M: std::ops::RangeInclusive<usize> = 2..=512;
 
@@ -34,7 +34,7 @@ pub struct Sections {
     pub order: Vec<u32>,
     /// Rows in slot order.
     pub vectors: Vec<u8>,
-    /// Codes in slot order; empty where rows are walked themselves or are their own codes.
+    /// Codes in slot order; empty where rows are walked themselves or, as they lie, are their own codes.
     pub codes: Vec<u8>,
     /// Header, coder, links.
     pub graph: Vec<u8>,
@@ -44,7 +44,6 @@ pub struct Sections {
 pub fn build(space: &Space, rows: &[u8], params: &Params, threads: usize, stop: &AtomicBool) -> Option<Sections> {
     let nodes = rows.len() / space.row_bytes();
     let m = params.m.clamp(*M.start(), *M.end());
-    let stride = Coder::stride(space);
     let levels: Vec<u8> = (0..nodes as u32).map(|node| level(params.seed, node, m) as u8).collect();
     // Highest levels first, otherwise as they came.
     let mut order: Vec<u32> = (0..nodes as u32).collect();
@@ -54,30 +53,29 @@ pub fn build(space: &Space, rows: &[u8], params: &Params, threads: usize, stop: 
         let counts: Vec<usize> =
             (0..=top).map(|layer| order.partition_point(|row| usize::from(levels[*row as usize]) >= layer)).collect();
         // Where memory is short an exact scan still works.
-        Graph::new(counts, m, stride)
+        Graph::new(counts, m)
+            .and_then(|graph| Some((graph, encode(&Coder::fit(space, rows, Width::Byte), rows, &order)?)))
     } else {
         None
     };
-    let Some(mut graph) = graph else {
+    let Some((graph, fine)) = graph else {
         return Some(Sections {
             order: (0..nodes as u32).collect(),
             vectors: rows[..nodes * space.row_bytes()].to_vec(),
             codes: Vec::new(),
-            graph: head(m, nodes, &[], None, [0; TARGETS.len()]),
+            graph: head(m, nodes, &[], None, Calibration::default()),
         });
     };
-    let coder = Coder::fit(space, rows);
-    let mut values = Vec::new();
-    for (row, code) in order.iter().zip(graph.codes.bytes_mut().chunks_exact_mut(stride)) {
-        let size = space.row_bytes();
-        coder.encode(&rows[*row as usize * size..][..size], &mut values, code);
-    }
-    let graph = graph;
-
     let held = HELD_OUT.min(nodes / 20);
     let level = |node: u32| usize::from(levels[order[node as usize] as usize]);
     let locks: Vec<Mutex<()>> = (0..nodes).map(|_| Mutex::new(())).collect();
-    let linker = Linker { graph: &graph, coder: &coder, locks: &locks, ef: params.ef_construction.clamp(m, 10_000) };
+    let linker = Linker {
+        graph: &graph,
+        coder: &fine.coder,
+        codes: fine.bytes.bytes(),
+        locks: &locks,
+        ef: params.ef_construction.clamp(m, 10_000),
+    };
     // The rows that came last would all be from one place in sorted input: take every so many-th instead.
     let bottom = graph.counts.get(1).copied().unwrap_or(0).max(1);
     let step = ((nodes - bottom) / held.max(1)).max(1);
@@ -87,9 +85,21 @@ pub fn build(space: &Space, rows: &[u8], params: &Params, threads: usize, stop: 
     if stop.load(Ordering::Acquire) {
         return None;
     }
-    let walked = params.quantization == Quantization::Sq8 || coder.is_exact();
-    let walker = Walker { space, graph: &graph, coder: walked.then_some(&coder), rows, order: Some(&order) };
-    let ef = calibrate(&walker, &last, &is_held, threads);
+    // Links are chosen on bytes, whatever a search walks on.
+    let coarse = match params.quantization {
+        Quantization::Sq4 => encode(&Coder::fit(space, rows, Width::Nibble), rows, &order),
+        Quantization::Rabitq => encode(&Coder::fit(space, rows, Width::Sign), rows, &order),
+        Quantization::None | Quantization::Sq8 => None,
+    };
+    let walked = match &coarse {
+        None if params.quantization == Quantization::None && !fine.coder.is_exact() => None,
+        None => Some(&fine),
+        coarse => coarse.as_ref(),
+    };
+    let fine_walker = Walker::building(space, &graph, Some((&fine.coder, fine.bytes.bytes())), rows, &order);
+    let walked = walked.map(|codes| (&codes.coder, codes.bytes.bytes()));
+    let walker = Walker::building(space, &graph, walked, rows, &order);
+    let calibration = calibrate(&walker, &fine_walker, &last, &is_held, threads);
     link(&linker, &last, &level, threads, stop);
     if stop.load(Ordering::Acquire) {
         return None;
@@ -99,7 +109,24 @@ pub fn build(space: &Space, rows: &[u8], params: &Params, threads: usize, stop: 
     if space.metric() != Metric::InnerProduct {
         connect(&graph);
     }
-    Some(write(&walker, ef))
+    Some(write(&walker, calibration))
+}
+
+/// Coded rows in the order of nodes.
+struct Codes {
+    coder: Coder,
+    bytes: Huge,
+}
+
+/// `None` where memory is short.
+fn encode(coder: &Coder, rows: &[u8], order: &[u32]) -> Option<Codes> {
+    let (size, stride) = (rows.len() / order.len().max(1), coder.stride());
+    let mut bytes = Huge::zeroed(order.len().checked_mul(stride)?)?;
+    let mut values = Vec::new();
+    for (row, code) in order.iter().zip(bytes.bytes_mut().chunks_exact_mut(stride)) {
+        coder.encode(&rows[*row as usize * size..][..size], &mut values, code);
+    }
+    Some(Codes { coder: coder.clone(), bytes })
 }
 
 fn link(linker: &Linker<'_>, nodes: &[u32], level: &(impl Fn(u32) -> usize + Sync), threads: usize, stop: &AtomicBool) {
@@ -125,58 +152,74 @@ fn on_threads(threads: usize, work: impl Fn() + Sync) {
     });
 }
 
-/// For each target the smallest ef that reaches it on rows that are not in the graph yet; the largest tried where
-/// none does.
+/// For each target the ef that reaches it on rows that are not in the graph yet, the largest tried where none does,
+/// and the recall that it came to. What is true is found by `fine`.
 fn calibrate(
     walker: &Walker<'_>,
+    fine: &Walker<'_>,
     queries: &[u32],
     is_held: &(impl Fn(u32) -> bool + Sync),
     threads: usize,
-) -> [u32; TARGETS.len()] {
+) -> Calibration {
+    let truths: Mutex<Vec<(Vec<f32>, f32)>> = Mutex::new(Vec::new());
     let next = AtomicUsize::new(0);
-    let found = (0..EFS.len()).map(|_| AtomicUsize::new(0)).collect::<Vec<_>>();
-    let work = || {
-        let mut scratch = Scratch::default();
-        let mut numbers = Vec::new();
+    on_threads(threads, || {
+        let (mut scratch, mut numbers) = (Scratch::default(), Vec::new());
         while let Some(node) = queries.get(next.fetch_add(1, Ordering::Relaxed)) {
             walker.space.decode(walker.row(*node), &mut numbers);
             if walker.space.check_query(&numbers).is_err() {
                 continue;
             }
             let exact = Prepared::new(walker.space, &numbers);
-            let mut truth = BinaryHeap::new();
-            for other in (0..walker.graph.nodes as u32).filter(|other| !is_held(*other)) {
-                let distance = exact.distance(walker.row(other));
-                keep(&mut truth, CALIBRATED_K, Candidate { distance, node: other });
-            }
-            // Equally far is equally right.
-            let limit = truth.peek().map_or(f32::INFINITY, |farthest| farthest.distance);
-            for (n, ef) in EFS.iter().enumerate() {
-                let mut budget = Budget::unlimited();
-                let walked = walker.nearest(&numbers, &exact, CALIBRATED_K, *ef as usize, &mut scratch, &mut budget);
-                let hits = if walked.is_ok() {
-                    scratch.best.iter()
-                } else {
-                    break;
-                };
-                let right = hits.filter(|hit| hit.distance <= limit).count().min(CALIBRATED_K);
-                found[n].fetch_add(right, Ordering::Relaxed);
-                if right == CALIBRATED_K {
-                    // What more candidates find is no less.
-                    for more in &found[n + 1..] {
-                        more.fetch_add(right, Ordering::Relaxed);
-                    }
-                    break;
-                }
+            let others = |other: u32| !is_held(other);
+            let mut others = Nodes::Passing(0..walker.graph.nodes as u32, &others);
+            let plan = Plan::These(&mut others);
+            let size = (CALIBRATED_K, TRUTH_POOL);
+            if fine.nearest(&exact, size, plan, &mut scratch, &mut Budget::unlimited()).is_ok() {
+                // Equally far is equally right.
+                let limit = scratch.best.peek().map_or(f32::INFINITY, |farthest| farthest.distance);
+                truths.lock().unwrap_or_else(PoisonError::into_inner).push((numbers.clone(), limit));
             }
         }
+    });
+    let truths = truths.into_inner().unwrap_or_else(PoisonError::into_inner);
+    // Share of the true neighbours that are found with each ef, all of which rise.
+    let recall = |efs: &[u32]| {
+        let next = AtomicUsize::new(0);
+        let found: Vec<AtomicUsize> = efs.iter().map(|_| AtomicUsize::new(0)).collect();
+        on_threads(threads, || {
+            let mut scratch = Scratch::default();
+            while let Some((query, limit)) = truths.get(next.fetch_add(1, Ordering::Relaxed)) {
+                let exact = Prepared::new(walker.space, query);
+                for (n, ef) in efs.iter().enumerate() {
+                    let size = (CALIBRATED_K, (*ef as usize).max(CALIBRATED_K));
+                    let walked = walker.nearest(&exact, size, Plan::All, &mut scratch, &mut Budget::unlimited());
+                    let hits = if walked.is_ok() { scratch.best.iter() } else { break };
+                    let right = hits.filter(|hit| hit.distance <= *limit).count().min(CALIBRATED_K);
+                    found[n].fetch_add(right, Ordering::Relaxed);
+                    if right == CALIBRATED_K {
+                        // What more candidates find is no less.
+                        found[n + 1..].iter().for_each(|more| _ = more.fetch_add(right, Ordering::Relaxed));
+                        break;
+                    }
+                }
+            }
+        });
+        let all = (truths.len() * CALIBRATED_K).max(1) as f32;
+        found.iter().map(|found| found.load(Ordering::Relaxed) as f32 / all).collect::<Vec<f32>>()
     };
-    on_threads(threads, work);
-    let all = (queries.len() * CALIBRATED_K).max(1) as f32;
-    TARGETS.map(|target| {
-        let reached = |found: &AtomicUsize| found.load(Ordering::Relaxed) as f32 / all >= target;
-        EFS[found.iter().position(reached).unwrap_or(EFS.len() - 1)]
-    })
+    let tried = recall(&EFS);
+    let efs = TARGETS.map(|target| match tried.iter().position(|recall| *recall >= target) {
+        None => EFS[EFS.len() - 1],
+        Some(0) => EFS[0],
+        // Between two that were tried recall rises about evenly.
+        Some(at) => {
+            let share = (target - tried[at - 1]) / (tried[at] - tried[at - 1]).max(f32::MIN_POSITIVE);
+            EFS[at - 1] + ((EFS[at] - EFS[at - 1]) as f32 * share).ceil() as u32
+        }
+    });
+    let reached = recall(&efs);
+    std::array::from_fn(|n| (efs[n], reached[n]))
 }
 
 /// Gives every node that a walk in layer 0 can't reach from node 0 a link from one that it can: choosing neighbours
@@ -245,14 +288,14 @@ fn renumber(graph: &Graph) -> Vec<u32> {
     order
 }
 
-fn write(walker: &Walker<'_>, ef: [u32; TARGETS.len()]) -> Sections {
+fn write(walker: &Walker<'_>, calibration: Calibration) -> Sections {
     let graph = walker.graph;
     let order = renumber(graph);
     let mut place = vec![0u32; order.len()];
     for (slot, node) in order.iter().enumerate() {
         place[*node as usize] = slot as u32;
     }
-    let mut bytes = head(graph.m, order.len(), &graph.counts, walker.coder, ef);
+    let mut bytes = head(graph.m, order.len(), &graph.counts, walker.coder, calibration);
     for (layer, count) in graph.counts.iter().enumerate() {
         for node in &order[..*count] {
             let end = bytes.len() + graph.room(layer) * 4;
@@ -265,27 +308,26 @@ fn write(walker: &Walker<'_>, ef: [u32; TARGETS.len()]) -> Sections {
     let mut vectors = Vec::with_capacity(order.len() * walker.space.row_bytes());
     order.iter().for_each(|node| vectors.extend_from_slice(walker.row(*node)));
     let mut codes = Vec::new();
-    if walker.coder.is_some_and(|coder| !coder.is_exact()) {
-        let stride = Coder::stride(walker.space);
+    if let Some(coder) = walker.coder.filter(|coder| !rows_are_codes(walker.space, coder)) {
+        let stride = coder.stride();
         codes.reserve_exact(order.len() * stride);
-        order
-            .iter()
-            .for_each(|node| codes.extend_from_slice(&graph.codes.bytes()[*node as usize * stride..][..stride]));
+        order.iter().for_each(|node| codes.extend_from_slice(&walker.codes[*node as usize * stride..][..stride]));
     }
     let rows = order.iter().map(|node| walker.input(*node)).collect();
     Sections { order: rows, vectors, codes, graph: bytes }
 }
 
 /// The graph section's header and coder.
-fn head(m: usize, nodes: usize, counts: &[usize], coder: Option<&Coder>, ef: [u32; TARGETS.len()]) -> Vec<u8> {
+fn head(m: usize, nodes: usize, counts: &[usize], coder: Option<&Coder>, calibration: Calibration) -> Vec<u8> {
     let mut bytes = vec![0; header::SIZE];
     let mut put = |at: usize, value: u32| bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
     put(header::MAGIC, MAGIC);
     put(header::M, m as u32);
     put(header::NODES, nodes as u32);
     put(header::LAYERS, counts.len() as u32);
-    for (n, ef) in ef.iter().enumerate() {
+    for (n, (ef, recall)) in calibration.iter().enumerate() {
         put(header::EF + n * 4, *ef);
+        put(header::RECALL + n * 4, recall.to_bits());
     }
     for (layer, count) in counts.iter().enumerate().take(MAX_LAYER + 1) {
         put(header::COUNTS + layer * 4, *count as u32);
@@ -293,10 +335,11 @@ fn head(m: usize, nodes: usize, counts: &[usize], coder: Option<&Coder>, ef: [u3
     match coder {
         Some(coder) => {
             let stored = coder.to_bytes();
+            put(header::WIDTH, coder.width() as u32);
             put(header::CODER, stored.len() as u32);
             bytes.extend_from_slice(&stored);
         }
-        None => put(header::CODER, u32::MAX),
+        None => put(header::WIDTH, u32::MAX),
     }
     bytes
 }

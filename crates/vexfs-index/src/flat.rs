@@ -42,7 +42,8 @@ impl Index for Flat {
         let mut budget = Budget::new(request);
         scratch.best.clear();
         let distance = |node: u32| query.distance(self.row(Slot(node)));
-        scan(0..self.len() as u32, distance, request, &mut budget, &mut scratch.best)?;
+        let allowed = (0..self.len() as u32).filter(|node| request.allows(*node));
+        scan(allowed, distance, request.k, &mut budget, &mut scratch.best)?;
         deliver(&mut scratch.best, request, out);
         Ok(budget.stats)
     }

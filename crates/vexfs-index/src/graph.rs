@@ -4,37 +4,69 @@
 //! begin. A list of links is room for so many words: a neighbour's number + 1, or 0 from where the list ends. Lists
 //! are atomics because the build links from several threads; a walk takes no lock.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::codes::{CodedQuery, Coder};
-use crate::hnsw::Walk;
 use crate::kernels::prefetch_word;
-use crate::raw::{Huge, Words};
+use crate::raw::Words;
 use crate::request::{Budget, Marks, SearchError};
 
 /// See the module.
 pub(crate) struct Graph {
     pub nodes: usize,
     pub m: usize,
-    /// Empty where rows are walked themselves.
-    pub codes: Huge,
-    bottom: Words,
-    /// Layers 1 and up.
-    upper: Vec<Box<[AtomicU32]>>,
     /// Nodes of each layer.
     pub counts: Vec<usize>,
+    layers: Vec<Words>,
+    /// Layer 0 once more, on huge pages.
+    hot: OnceLock<Words>,
 }
 
-/// What a walk over codes needs besides the graph; a part of the scratch.
+/// A query against the nodes of a graph.
+pub(crate) trait Keys {
+    /// Keys of the nodes, the smaller the nearer; `out` has room for them.
+    fn keys(&self, nodes: &[u32], out: &mut [u32]);
+}
+
+/// Against coded rows.
+pub(crate) struct Coded<'a> {
+    pub query: &'a CodedQuery,
+    pub codes: &'a [u8],
+}
+
+impl Keys for Coded<'_> {
+    #[inline]
+    fn keys(&self, nodes: &[u32], out: &mut [u32]) {
+        self.query.keys(self.codes, nodes, out);
+    }
+}
+
+/// What a walk needs besides the graph; a part of the scratch.
 #[derive(Default)]
 pub(crate) struct Pool {
     /// Sorted: key << 32 | node << 1 | expanded.
     entries: Vec<u64>,
     batch: Vec<u32>,
     keys: Vec<u32>,
+    /// Neighbours that a filter keeps out.
+    blocked: Vec<u32>,
+    pub marks: Marks,
 }
 
-/// The bits of a node and whether it was expanded in a pool's entry.
+impl Pool {
+    /// What the last walk found, nearest first; see [`entry_key`] and [`entry_node`].
+    pub fn entries(&self) -> &[u64] {
+        &self.entries
+    }
+
+    /// Forgets them.
+    pub fn clear(&mut self) {
+        self.entries.clear();
+    }
+}
+
+/// The bit of a pool's entry that says that it was expanded.
 const EXPANDED: u64 = 1;
 
 pub(crate) fn entry_node(entry: u64) -> u32 {
@@ -50,75 +82,84 @@ fn entry(key: u32, node: u32) -> u64 {
 /// More nodes don't fit a pool's entry.
 pub(crate) const MOST_NODES: usize = (1 << 31) - 2;
 
+fn room(m: usize, layer: usize) -> usize {
+    if layer == 0 { 2 * m } else { m }
+}
+
 impl Graph {
-    /// Without links. `None` where memory is short.
-    pub fn new(counts: Vec<usize>, m: usize, stride: usize) -> Option<Graph> {
-        let nodes = counts.first().copied().unwrap_or(0);
-        let upper = counts.iter().skip(1).map(|count| (0..count * m).map(|_| AtomicU32::new(0)).collect()).collect();
-        Some(Graph {
-            nodes,
-            m,
-            codes: Huge::zeroed(nodes.checked_mul(stride)?)?,
-            bottom: Words::zeroed(nodes.checked_mul(2 * m)?)?,
-            upper,
-            counts,
-        })
+    /// Without links, to be built. `None` where memory is short.
+    pub fn new(counts: Vec<usize>, m: usize) -> Option<Graph> {
+        let words = |(layer, count): (usize, &usize)| Words::zeroed(count.checked_mul(room(m, layer))?);
+        let layers = counts.iter().enumerate().map(words).collect::<Option<_>>()?;
+        Graph::of(counts, m, layers)
+    }
+
+    /// Of lists that are there: for each layer as many as it has nodes. `None` if they aren't.
+    pub fn of(counts: Vec<usize>, m: usize, layers: Vec<Words>) -> Option<Graph> {
+        let fits = |(layer, (words, count)): (usize, (&Words, &usize))| words.get().len() == count * room(m, layer);
+        let fit = layers.len() == counts.len() && layers.iter().zip(&counts).enumerate().all(fits);
+        fit.then(|| Graph { nodes: counts.first().copied().unwrap_or(0), m, counts, layers, hot: OnceLock::new() })
     }
 
     /// Room of a list.
     pub fn room(&self, layer: usize) -> usize {
-        if layer == 0 { 2 * self.m } else { self.m }
+        room(self.m, layer)
+    }
+
+    /// All lists of a layer.
+    #[inline]
+    pub fn lists(&self, layer: usize) -> &[AtomicU32] {
+        let hot = if layer == 0 { self.hot.get() } else { None };
+        hot.or_else(|| self.layers.get(layer)).map_or(&[], Words::get)
     }
 
     /// A node's list in a layer; empty where it has none.
     #[inline]
     pub fn list(&self, layer: usize, node: u32) -> &[AtomicU32] {
-        let (words, room) = match layer {
-            0 => (self.bottom.get(), 2 * self.m),
-            _ => (self.upper.get(layer - 1).map_or(&[][..], |words| words), self.m),
-        };
+        let room = self.room(layer);
         let start = node as usize * room;
-        words.get(start..start + room).unwrap_or_default()
+        self.lists(layer).get(start..start + room).unwrap_or_default()
     }
 
-    /// All lists of a layer.
-    pub fn lists(&self, layer: usize) -> &[AtomicU32] {
-        match layer {
-            0 => self.bottom.get(),
-            _ => self.upper.get(layer - 1).map_or(&[][..], |words| words),
-        }
-    }
-
+    /// Neighbours; those that damaged bytes make up may not exist.
     #[inline]
     pub fn links<'a>(&'a self, layer: usize, node: u32) -> impl Iterator<Item = u32> + 'a {
         let words = self.list(layer, node).iter().map(|word| word.load(Ordering::Relaxed));
         words.take_while(|word| *word != 0).map(|word| word - 1)
     }
 
-    /// Bytes kept.
+    /// Bytes of memory kept, mapped ones not counted.
     pub fn bytes(&self) -> usize {
-        self.codes.len() + self.bottom.len() + self.upper.iter().map(|words| words.len() * 4).sum::<usize>()
+        self.layers.iter().chain(self.hot.get()).map(Words::kept).sum()
+    }
+
+    /// Copies layer 0 to huge pages.
+    pub fn warm(&self) {
+        if let (None, Some(hot)) = (self.hot.get(), self.layers.first().and_then(Words::warmed)) {
+            // Another thread may have done it meanwhile.
+            let _ = self.hot.set(hot);
+        }
     }
 
     /// From node 0 in the top layer down to `bottom` + 1, each time to the nearest node: its key and number.
     pub fn descend(
         &self,
-        query: &CodedQuery,
+        query: &impl Keys,
         bottom: usize,
         pool: &mut Pool,
         budget: &mut Budget,
     ) -> Result<(u32, u32), SearchError> {
         let Pool { batch, keys, .. } = pool;
+        keys.resize(self.m.max(keys.len()), 0);
         let mut first = [0];
-        query.keys(self.codes.bytes(), &[0], &mut first);
+        query.keys(&[0], &mut first);
         budget.spend(1)?;
         let mut at = (first[0], 0);
         for layer in (bottom + 1..self.counts.len()).rev() {
             loop {
                 batch.clear();
-                batch.extend(self.links(layer, at.1));
-                keys.resize(batch.len(), 0);
-                query.keys(self.codes.bytes(), batch, keys);
+                batch.extend(self.links(layer, at.1).filter(|node| (*node as usize) < self.nodes));
+                query.keys(batch, keys);
                 budget.stats.hops += 1;
                 budget.spend(batch.len() as u64)?;
                 let best = keys.iter().copied().zip(batch.iter().copied()).min().unwrap_or(at);
@@ -134,26 +175,24 @@ impl Graph {
     /// The `ef` nearest nodes of a layer that a walk from `start` finds are the pool's entries afterwards.
     pub fn walk<'p>(
         &self,
-        query: &CodedQuery,
+        query: &impl Keys,
         start: (u32, u32),
         (ef, layer): (usize, usize),
         pool: &'p mut Pool,
-        marks: &mut Marks,
         budget: &mut Budget,
     ) -> Result<&'p [u64], SearchError> {
-        let Pool { entries, batch, keys } = pool;
-        let data = self.codes.bytes();
+        let Pool { entries, batch, keys, marks, .. } = pool;
+        let (lists, room) = (self.lists(layer), self.room(layer));
         marks.start(self.nodes);
         marks.meet(start.1);
         entries.clear();
         entries.push(entry(start.0, start.1));
-        keys.resize(self.room(layer).max(keys.len()), 0);
+        keys.resize(room.max(keys.len()), 0);
         let mut at = 0;
         while let Some(current) = entries.get_mut(at) {
             *current |= EXPANDED;
-            let node = entry_node(*current);
             batch.clear();
-            for link in self.list(layer, node) {
+            for link in list_of(lists, room, entry_node(*current)) {
                 let word = link.load(Ordering::Relaxed);
                 if word == 0 {
                     break;
@@ -164,24 +203,14 @@ impl Graph {
             }
             budget.stats.hops += 1;
             budget.spend(batch.len() as u64)?;
-            query.keys(data, batch, keys);
+            query.keys(batch, keys);
             // The first unexpanded entry after this round.
             let mut next = at + 1;
             for (key, node) in keys.iter().zip(batch.iter()) {
-                let new = entry(*key, *node);
-                if entries.len() >= ef {
-                    match entries.last() {
-                        Some(last) if new < *last => entries.pop(),
-                        _ => continue,
-                    };
-                }
-                let place = entries.partition_point(|old| *old < new);
-                entries.insert(place, new);
+                let Some(place) = offer(entries, ef, *key, *node) else { continue };
                 if place <= next {
                     // It may well be expanded next.
-                    let list = self.list(layer, *node);
-                    prefetch_word(list, 0);
-                    prefetch_word(list, 16);
+                    ask(list_of(lists, room, *node));
                 }
                 next = next.min(place);
             }
@@ -192,28 +221,203 @@ impl Graph {
         }
         Ok(entries)
     }
+
+    /// The share of nodes that are `allowed` among those within two links of a node; `None` where too few are met.
+    pub fn share_around(&self, node: u32, allowed: &impl Fn(u32) -> bool, marks: &mut Marks) -> Option<f32> {
+        let (lists, room) = (self.lists(0), self.room(0));
+        let linked = |node: u32| {
+            let words = list_of(lists, room, node).iter().map(|word| word.load(Ordering::Relaxed));
+            words.take_while(|word| *word != 0).map(|word| word - 1)
+        };
+        marks.start(self.nodes);
+        linked(node).for_each(|near| ask(list_of(lists, room, near)));
+        let (mut all, mut passed) = (0u32, 0u32);
+        for near in linked(node) {
+            for other in linked(near) {
+                if marks.meet(other) {
+                    all += 1;
+                    passed += u32::from(allowed(other));
+                }
+            }
+        }
+        (all > 0).then(|| passed as f32 / all as f32)
+    }
+
+    /// The same as [`Graph::walk`] in layer 0 among the nodes that are `allowed`. Where few neighbours are, those of
+    /// the others are looked at in their stead (ACORN-1, arXiv 2403.04871). It begins around `near`, allowed or not.
+    pub fn walk_allowed<'p>(
+        &self,
+        query: &impl Keys,
+        near: u32,
+        allowed: &impl Fn(u32) -> bool,
+        ef: usize,
+        pool: &'p mut Pool,
+        budget: &mut Budget,
+    ) -> Result<&'p [u64], SearchError> {
+        let Pool { entries, batch, keys, blocked, marks } = pool;
+        let (lists, room) = (self.lists(0), self.room(0));
+        marks.start(self.nodes);
+        entries.clear();
+        batch.clear();
+        if marks.meet(near) && allowed(near) {
+            batch.push(near);
+        }
+        let (mut at, mut from) = (0, Some(near));
+        while let Some(node) = from {
+            blocked.clear();
+            let mut direct = 0;
+            for link in list_of(lists, room, node) {
+                let word = link.load(Ordering::Relaxed);
+                if word == 0 {
+                    break;
+                }
+                if allowed(word - 1) {
+                    direct += 1;
+                    if marks.meet(word - 1) {
+                        batch.push(word - 1);
+                    }
+                } else if marks.meet(word - 1) {
+                    blocked.push(word - 1);
+                }
+            }
+            if direct >= room / ENOUGH {
+                blocked.clear();
+            }
+            blocked.iter().take(ASKED).for_each(|node| ask(list_of(lists, room, *node)));
+            for (n, through) in blocked.iter().enumerate() {
+                if batch.len() >= room / 2 && !entries.is_empty() {
+                    break;
+                }
+                if let Some(later) = blocked.get(n + ASKED) {
+                    ask(list_of(lists, room, *later));
+                }
+                for link in list_of(lists, room, *through) {
+                    let word = link.load(Ordering::Relaxed);
+                    if word == 0 {
+                        break;
+                    }
+                    if allowed(word - 1) && marks.meet(word - 1) {
+                        batch.push(word - 1);
+                    }
+                }
+                // A list that is looked through costs about what a distance does.
+                budget.spend(1)?;
+            }
+            budget.stats.hops += 1;
+            budget.spend(batch.len() as u64)?;
+            keys.resize(batch.len().max(keys.len()), 0);
+            query.keys(batch, keys);
+            let mut next = at + usize::from(!entries.is_empty());
+            for (key, node) in keys.iter().zip(batch.iter()) {
+                let Some(place) = offer(entries, ef, *key, *node) else { continue };
+                if place <= next {
+                    ask(list_of(lists, room, *node));
+                }
+                next = next.min(place);
+            }
+            batch.clear();
+            at = next;
+            while entries.get(at).is_some_and(|entry| entry & EXPANDED != 0) {
+                at += 1;
+            }
+            from = entries.get_mut(at).map(|entry| {
+                *entry |= EXPANDED;
+                entry_node(*entry)
+            });
+        }
+        Ok(entries)
+    }
+
+    /// The `ef` nearest of `nodes`, each compared, are the pool's entries afterwards.
+    pub fn scan<'p>(
+        query: &impl Keys,
+        nodes: &mut Nodes<'_>,
+        ef: usize,
+        pool: &'p mut Pool,
+        budget: &mut Budget,
+    ) -> Result<&'p [u64], SearchError> {
+        let Pool { entries, batch, keys, .. } = pool;
+        entries.clear();
+        while nodes.next(batch) {
+            budget.spend(batch.len() as u64)?;
+            keys.resize(batch.len().max(keys.len()), 0);
+            query.keys(batch, keys);
+            for (key, node) in keys.iter().zip(batch.iter()) {
+                offer(entries, ef, *key, *node);
+            }
+        }
+        Ok(entries)
+    }
 }
 
-impl Walk for Graph {
-    fn nodes(&self) -> usize {
-        self.nodes
-    }
-    fn neighbours(&self, node: u32, layer: usize, out: &mut Vec<u32>) {
-        out.clear();
-        out.extend(self.links(layer, node));
-    }
-    fn prefetch(&self, node: u32) {
-        let stride = self.codes.len() / self.nodes.max(1);
-        for at in (0..stride.min(512)).step_by(64) {
-            crate::kernels::prefetch(self.codes.bytes(), node as usize * stride + at);
+/// Nodes to compare, some at a time.
+pub(crate) enum Nodes<'a> {
+    /// Those that pass, of those below the end.
+    Passing(std::ops::Range<u32>, &'a dyn Fn(u32) -> bool),
+    /// Those that are set, from a word on.
+    Set(&'a [u64], usize),
+}
+
+impl Nodes<'_> {
+    /// Replaces `batch` by the next nodes; false when there are none any more.
+    pub fn next(&mut self, batch: &mut Vec<u32>) -> bool {
+        const BATCH: usize = 256;
+        batch.clear();
+        match self {
+            Nodes::Passing(range, passes) => batch.extend(range.filter(|node| passes(*node)).take(BATCH)),
+            Nodes::Set(words, at) => {
+                while let Some(word) = words.get(*at).filter(|_| batch.len() < BATCH) {
+                    let mut left = *word;
+                    while left != 0 {
+                        batch.push((*at * 64) as u32 + left.trailing_zeros());
+                        left &= left - 1;
+                    }
+                    *at += 1;
+                }
+            }
         }
+        !batch.is_empty()
     }
+}
+
+/// Lists asked for ahead of their use.
+const ASKED: usize = 6;
+/// A filtered walk that finds this part of a list's room allowed looks no further than the list.
+const ENOUGH: usize = 2;
+
+#[inline]
+fn list_of(lists: &[AtomicU32], room: usize, node: u32) -> &[AtomicU32] {
+    let start = node as usize * room;
+    lists.get(start..start + room).unwrap_or_default()
+}
+
+#[inline]
+fn ask(list: &[AtomicU32]) {
+    prefetch_word(list, 0);
+    prefetch_word(list, 16);
+}
+
+/// Puts a node where it belongs among the `ef` nearest; `None` if it doesn't.
+#[inline]
+fn offer(entries: &mut Vec<u64>, ef: usize, key: u32, node: u32) -> Option<usize> {
+    let new = entry(key, node);
+    if entries.len() >= ef {
+        if entries.last().is_none_or(|last| new >= *last) {
+            return None;
+        }
+        entries.pop();
+    }
+    let place = entries.partition_point(|old| *old < new);
+    entries.insert(place, new);
+    Some(place)
 }
 
 /// Links a node of `level` into the layers below `self.counts.len()`; callers hold nothing.
 pub(crate) struct Linker<'a> {
     pub graph: &'a Graph,
+    /// Of bytes.
     pub coder: &'a Coder,
+    pub codes: &'a [u8],
     pub locks: &'a [std::sync::Mutex<()>],
     pub ef: usize,
 }
@@ -222,7 +426,6 @@ pub(crate) struct Linker<'a> {
 #[derive(Default)]
 pub(crate) struct Bench {
     pub pool: Pool,
-    pub marks: Marks,
     query: CodedQuery,
     other: CodedQuery,
     sorted: Vec<(u32, u32)>,
@@ -233,8 +436,8 @@ pub(crate) struct Bench {
 
 impl Linker<'_> {
     fn code(&self, node: u32) -> &[u8] {
-        let stride = self.graph.codes.len() / self.graph.nodes;
-        &self.graph.codes.bytes()[node as usize * stride..][..stride]
+        let stride = self.coder.stride();
+        &self.codes[node as usize * stride..][..stride]
     }
 
     /// Node 0 is where walks begin and is linked by the others.
@@ -242,10 +445,10 @@ impl Linker<'_> {
         let mut budget = Budget::unlimited();
         let mut query = std::mem::take(&mut bench.query);
         self.coder.query_of(self.code(node), &mut query);
-        if let Ok(mut start) = self.graph.descend(&query, level, &mut bench.pool, &mut budget) {
+        let coded = Coded { query: &query, codes: self.codes };
+        if let Ok(mut start) = self.graph.descend(&coded, level, &mut bench.pool, &mut budget) {
             for layer in (0..=level.min(self.graph.counts.len() - 1)).rev() {
-                let walked =
-                    self.graph.walk(&query, start, (self.ef, layer), &mut bench.pool, &mut bench.marks, &mut budget);
+                let walked = self.graph.walk(&coded, start, (self.ef, layer), &mut bench.pool, &mut budget);
                 let Ok(entries) = walked else { break };
                 bench.sorted.clear();
                 let found = entries.iter().map(|entry| (entry_key(*entry), entry_node(*entry)));
@@ -293,7 +496,7 @@ impl Linker<'_> {
             self.coder.query_of(self.code(*node), other);
             let crowded = ids.chunks(4).any(|some| {
                 keys.resize(4, 0);
-                other.keys(self.graph.codes.bytes(), some, keys);
+                other.keys(self.codes, some, keys);
                 keys[..some.len()].iter().any(|between| between.saturating_add(between / slack) < *key)
             });
             if !crowded {
@@ -318,7 +521,7 @@ impl Linker<'_> {
         }
         self.coder.query_of(self.code(of), &mut bench.other);
         bench.keys.resize(ids.len().max(4), 0);
-        bench.other.keys(self.graph.codes.bytes(), ids, &mut bench.keys);
+        bench.other.keys(self.codes, ids, &mut bench.keys);
         bench.sorted.clear();
         bench.sorted.extend(bench.keys.iter().copied().zip(ids.iter().copied()));
         bench.sorted.push((key, node));

@@ -6,6 +6,7 @@
 #![allow(unsafe_code)]
 
 pub mod codes;
+pub mod narrow;
 
 use std::sync::OnceLock;
 
@@ -277,19 +278,24 @@ fn from_sum(metric: Metric, sum: f32) -> f32 {
     }
 }
 
+/// How a query is compared with rows.
+#[derive(Copy, Clone)]
 enum Numbers {
     /// As a row of the space.
-    Row(Vec<u8>),
+    Row,
     /// As the bytes of f32, against halves.
-    Wide(Vec<u8>),
+    Wide,
     /// With fractions, against integers.
-    Fraction(Vec<f32>),
+    Fraction,
 }
 
 /// A query ready to be compared with many rows at full precision.
 pub struct Prepared {
     space: Space,
     numbers: Numbers,
+    query: Vec<f32>,
+    /// What is compared, unless there are fractions.
+    bytes: Vec<u8>,
     /// The query's length.
     length: f32,
     kernels: &'static Kernels,
@@ -298,49 +304,67 @@ pub struct Prepared {
 impl Prepared {
     /// `query` has passed [`Space::check_query`].
     pub fn new(space: &Space, query: &[f32]) -> Prepared {
-        Prepared::with(best(), space, query)
+        Prepared::again(None, space, query)
     }
 
-    fn with(kernels: &'static Kernels, space: &Space, query: &[f32]) -> Prepared {
+    /// The same, in the memory of an earlier one.
+    pub fn again(earlier: Option<Prepared>, space: &Space, query: &[f32]) -> Prepared {
+        Prepared::with(best(), earlier, space, query)
+    }
+
+    fn with(kernels: &'static Kernels, earlier: Option<Prepared>, space: &Space, query: &[f32]) -> Prepared {
+        let (mut numbers, mut bytes) = earlier.map_or_else(Default::default, |earlier| (earlier.query, earlier.bytes));
+        numbers.clear();
+        numbers.extend_from_slice(query);
+        bytes.clear();
         let length = query.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>().sqrt();
-        let scale = match (space.metric(), space.element()) {
-            (Metric::Cosine, Element::F32 | Element::F16) => 1.0 / length,
-            _ => 1.0,
-        };
-        let floats = || query.iter().flat_map(|v| ((f64::from(*v) * scale) as f32).to_le_bytes()).collect();
         let whole = |low: f32, high: f32| query.iter().all(|v| v.fract() == 0.0 && (low..=high).contains(v));
-        let numbers = match space.element() {
-            Element::F32 => Numbers::Row(floats()),
-            Element::F16 => Numbers::Wide(floats()),
-            Element::U8 if whole(0.0, 255.0) => Numbers::Row(query.iter().map(|v| *v as u8).collect()),
-            Element::I8 if whole(-128.0, 127.0) => Numbers::Row(query.iter().map(|v| *v as i8 as u8).collect()),
-            Element::U8 | Element::I8 => Numbers::Fraction(query.to_vec()),
+        let kind = match space.element() {
+            Element::F32 | Element::F16 => {
+                let scale = if space.metric() == Metric::Cosine { 1.0 / length } else { 1.0 };
+                bytes.extend(query.iter().flat_map(|v| ((f64::from(*v) * scale) as f32).to_le_bytes()));
+                if space.element() == Element::F32 { Numbers::Row } else { Numbers::Wide }
+            }
+            Element::U8 if whole(0.0, 255.0) => {
+                bytes.extend(query.iter().map(|v| *v as u8));
+                Numbers::Row
+            }
+            Element::I8 if whole(-128.0, 127.0) => {
+                bytes.extend(query.iter().map(|v| *v as i8 as u8));
+                Numbers::Row
+            }
+            Element::U8 | Element::I8 => Numbers::Fraction,
         };
-        Prepared { space: *space, numbers, length: length as f32, kernels }
+        Prepared { space: *space, numbers: kind, query: numbers, bytes, length: length as f32, kernels }
+    }
+
+    /// What was asked.
+    pub fn query(&self) -> &[f32] {
+        &self.query
     }
 
     /// Distance to a row of the space.
     pub fn distance(&self, row: &[u8]) -> f32 {
-        match &self.numbers {
-            Numbers::Row(query) => rows(self.kernels, &self.space, query, row),
-            Numbers::Wide(query) => {
-                let pieces = query.chunks(PIECE * 4).zip(row.chunks(PIECE * 2));
+        match self.numbers {
+            Numbers::Row => rows(self.kernels, &self.space, &self.bytes, row),
+            Numbers::Wide => {
+                let pieces = self.bytes.chunks(PIECE * 4).zip(row.chunks(PIECE * 2));
                 let sum = pieces.map(|(query, row)| {
                     let mut wide = [[0; 4]; PIECE];
                     widened(self.kernels, self.space.metric(), query, widen(row, &mut wide))
                 });
                 from_sum(self.space.metric(), sum.sum())
             }
-            Numbers::Fraction(query) => self.fraction(query, row),
+            Numbers::Fraction => self.fraction(row),
         }
     }
 
-    fn fraction(&self, query: &[f32], row: &[u8]) -> f32 {
+    fn fraction(&self, row: &[u8]) -> f32 {
         let signed = self.space.element() == Element::I8;
         let number = |b: u8| {
             if signed { f32::from(b as i8) } else { f32::from(b) }
         };
-        let pairs = || query.iter().zip(row).map(|(x, b)| (*x, number(*b)));
+        let pairs = || self.query.iter().zip(row).map(|(x, b)| (*x, number(*b)));
         match self.space.metric() {
             Metric::L2 => pairs().map(|(x, y)| (x - y) * (x - y)).sum(),
             Metric::InnerProduct => -pairs().map(|(x, y)| x * y).sum::<f32>(),

@@ -172,12 +172,11 @@ impl Index for Mutable {
         let query = Prepared::new(&self.space, query);
         let mut budget = Budget::new(request);
         let distance = |node: u32| self.distance(&query, node);
-        let accept = |node: u32| request.allows(node) && self.nodes.get(node as usize).is_some();
+        let accept = |node: &u32| request.allows(*node) && self.nodes.get(*node as usize).is_some();
         let selective = request.filter.and_then(|f| f.selectivity()).is_some_and(|share| share < SCAN_SELECTIVITY);
         let all = |budget: &mut Budget, scratch: &mut Scratch| {
             scratch.best.clear();
-            let there = (0..self.len() as u32).filter(|node| self.nodes.get(*node as usize).is_some());
-            scan(there, distance, request, budget, &mut scratch.best)
+            scan((0..self.len() as u32).filter(accept), distance, request.k, budget, &mut scratch.best)
         };
         let exact = request.exact || matches!(request.effort, Effort::Recall(recall) if recall >= 1.0);
         match self.entry.get() {
@@ -187,13 +186,13 @@ impl Index for Mutable {
                 let pending = self.pending() > 0;
                 let start = descend(self, &distance, entry, (top, 0), &mut scratch.links, &mut budget)?;
                 let ef = self.ef(request);
-                walk_layer(self, &distance, &accept, start, (ef, 0), scratch, &mut budget)?;
+                walk_layer(self, &distance, &|node| accept(&node), start, (ef, 0), scratch, &mut budget)?;
                 let missed = scratch.best.len() < request.k;
                 if missed {
                     all(&mut budget, scratch)?;
                 } else if pending {
                     for node in settled as u32..self.len() as u32 {
-                        if scratch.visited.meet(node) && accept(node) {
+                        if scratch.visited.meet(node) && accept(&node) {
                             budget.spend(1)?;
                             keep(&mut scratch.best, ef, Candidate { distance: distance(node), node });
                         }

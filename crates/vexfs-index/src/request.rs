@@ -30,12 +30,18 @@ pub trait Filter: Sync {
     fn selectivity(&self) -> Option<f32> {
         None
     }
+    /// The slots that may, as bits (slot n is bit n % 64 of word n / 64), where they are at hand: what few slots are
+    /// allowed is found much faster then.
+    fn bits(&self) -> Option<&[u64]> {
+        None
+    }
 }
 
 /// A question.
 #[derive(Clone)]
 pub struct Request<'a> {
-    /// Hits wanted.
+    /// Hits wanted. With `max_distance` this may be as large as one likes: a walk goes on only as long as it finds
+    /// points within.
     pub k: usize,
     /// How hard to try.
     pub effort: Effort,
@@ -63,6 +69,11 @@ impl Request<'_> {
             deadline: None,
             max_distances: None,
         }
+    }
+
+    /// All that are at most so far, `most` of them at most.
+    pub fn within(max_distance: f32, most: usize) -> Request<'static> {
+        Request { max_distance: Some(max_distance), ..Request::nearest(most) }
     }
 
     /// May the slot be returned?
@@ -131,20 +142,23 @@ pub struct Scratch {
     pub(crate) sorted: Vec<Candidate>,
     pub(crate) chosen: Vec<Candidate>,
     pub(crate) pool: crate::graph::Pool,
-    pub(crate) marks: Marks,
     pub(crate) query: crate::codes::CodedQuery,
     pub(crate) values: Vec<f32>,
+    /// The last query, for its memory.
+    pub(crate) exact: Option<crate::kernels::Prepared>,
 }
 
 /// Which nodes a walk has met: a bit for each, so that a large graph's marks stay in the nearest caches.
 #[derive(Default)]
 pub(crate) struct Marks {
     bits: Vec<u64>,
+    nodes: usize,
     /// What to clear before the next walk.
     met: Vec<u32>,
 }
 
 impl Marks {
+    /// From `nodes` up all count as met.
     pub fn start(&mut self, nodes: usize) {
         for node in self.met.drain(..) {
             if let Some(bits) = self.bits.get_mut(node as usize / 64) {
@@ -154,13 +168,19 @@ impl Marks {
         if self.bits.len() < nodes.div_ceil(64) {
             self.bits.resize(nodes.div_ceil(64), 0);
         }
+        self.nodes = nodes;
+    }
+
+    /// All met since the walk began, in their order.
+    pub fn met(&self) -> &[u32] {
+        &self.met
     }
 
     /// True at the first meeting.
     #[inline(always)]
     pub fn meet(&mut self, node: u32) -> bool {
         match self.bits.get_mut(node as usize / 64) {
-            Some(bits) if *bits >> (node % 64) & 1 == 0 => {
+            Some(bits) if (node as usize) < self.nodes && *bits >> (node % 64) & 1 == 0 => {
                 *bits |= 1 << (node % 64);
                 self.met.push(node);
                 true
@@ -270,19 +290,17 @@ pub(crate) fn keep(best: &mut BinaryHeap<Candidate>, k: usize, candidate: Candid
     }
 }
 
-/// Exact scan of `slots`: the `k` nearest that the request allows, into `scratch.best`.
+/// Exact scan of `slots`: the `k` nearest, into `best`.
 pub(crate) fn scan(
     slots: impl Iterator<Item = u32>,
     distance: impl Fn(u32) -> f32,
-    request: &Request<'_>,
+    k: usize,
     budget: &mut Budget,
     best: &mut BinaryHeap<Candidate>,
 ) -> Result<(), SearchError> {
     for node in slots {
-        if request.allows(node) {
-            budget.spend(1)?;
-            keep(best, request.k, Candidate { distance: distance(node), node });
-        }
+        budget.spend(1)?;
+        keep(best, k, Candidate { distance: distance(node), node });
     }
     Ok(())
 }

@@ -1,21 +1,23 @@
-//! The sealed form: an immutable graph over bytes that stay where they are.
+//! A graph that is never changed, from mapped bytes: what was built, served where it lies.
 //!
-//! The graph and the codes are copied to huge pages when a file is opened, and every link is checked then; the full
-//! vectors stay where they are, mapped.
+//! Opening reads a header and maps the rest; [`Sealed::warm`] copies what a walk reads at random places to huge pages,
+//! at any time. The order of nodes, their codes and their links are the builder's (see `build.rs`). Lengths are
+//! checked when it is opened, links when they are followed: no bytes can make a walk leave its memory.
 
-use std::cell::Cell;
-use std::sync::atomic::Ordering;
+use std::sync::OnceLock;
 
-use crate::build::M;
-use crate::codes::Coder;
-use crate::graph::{Graph, MOST_NODES, entry_key, entry_node};
-use crate::hnsw::{MAX_LAYER, descend, walk_layer};
+use crate::codes::{CodedQuery, Coder, Width, ordered, unordered};
+use crate::graph::{Coded, Graph, Keys, MOST_NODES, Nodes, entry_key, entry_node};
+use crate::hnsw::MAX_LAYER;
 use crate::kernels::{Prepared, prefetch};
+use crate::raw::{Huge, Words};
 use crate::request::{Budget, Candidate, deliver, keep, scan};
-use crate::{Effort, Index, Memory, Neighbor, Region, Request, Scratch, SearchError, Slot, Space, Stats};
+use crate::{
+    Effort, Element, Filter, Index, Memory, Neighbor, Region, Request, Scratch, SearchError, Slot, Space, Stats,
+};
 
 /// First bytes of the graph section.
-pub(crate) const MAGIC: u32 = 0x4752_4832;
+pub(crate) const MAGIC: u32 = 0x4752_4833;
 /// Offsets in the graph section's header, all u32 little-endian.
 pub(crate) mod header {
     pub const MAGIC: usize = 0;
@@ -24,17 +26,24 @@ pub(crate) mod header {
     pub const NODES: usize = 8;
     /// Layers; 0 in a graph that is not walked because an exact scan is as good.
     pub const LAYERS: usize = 12;
-    /// Bytes of the coder that follow the header; u32::MAX where rows are walked themselves.
-    pub const CODER: usize = 16;
+    /// Width of codes: 0 a byte, 1 a nibble, 2 a sign; u32::MAX where rows are walked themselves.
+    pub const WIDTH: usize = 16;
+    /// Bytes of the coder that follow the header.
+    pub const CODER: usize = 20;
     /// [`super::TARGETS`] values of ef, by recall.
-    pub const EF: usize = 20;
+    pub const EF: usize = 24;
+    /// Recalls that these came to when the graph was built, f32.
+    pub const RECALL: usize = EF + super::TARGETS.len() * 4;
     /// [`super::MAX_LAYER`] + 1 counts of nodes, by layer.
-    pub const COUNTS: usize = 52;
+    pub const COUNTS: usize = RECALL + super::TARGETS.len() * 4;
     /// Bytes of the header.
     pub const SIZE: usize = COUNTS + (super::MAX_LAYER + 1) * 4;
 }
 /// Recalls that a graph is calibrated for.
 pub(crate) const TARGETS: [f32; 8] = [0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999];
+
+/// What a walk needs for each of [`TARGETS`]: candidates, and the recall that these came to.
+pub(crate) type Calibration = [(u32, f32); TARGETS.len()];
 
 /// Bytes that are no sealed index.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -45,11 +54,14 @@ pub struct FormatError(pub(crate) &'static str);
 pub struct Sealed {
     space: Space,
     pub(crate) vectors: Region,
+    codes: Region,
     nodes: usize,
     /// `None` where an exact scan is as good.
-    graph: Option<Graph>,
+    pub(crate) graph: Option<Graph>,
     coder: Option<Coder>,
-    ef: [u32; TARGETS.len()],
+    /// Codes on huge pages.
+    hot: OnceLock<Huge>,
+    calibration: Calibration,
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
@@ -57,6 +69,11 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
         Some(b) => u32::from_le_bytes([b[0], b[1], b[2], b[3]]),
         None => 0,
     }
+}
+
+/// Are the rows' bytes, as they lie, what this coder makes of them?
+pub(crate) fn rows_are_codes(space: &Space, coder: &Coder) -> bool {
+    coder.is_exact() && space.element() == Element::U8 && coder.stride() == space.row_bytes()
 }
 
 impl Sealed {
@@ -69,29 +86,35 @@ impl Sealed {
         let nodes = u32_at(bytes, header::NODES) as usize;
         let m = u32_at(bytes, header::M) as usize;
         let layers = u32_at(bytes, header::LAYERS) as usize;
-        let rows = vectors.bytes();
-        if nodes.checked_mul(space.row_bytes()) != Some(rows.len()) {
+        if nodes.checked_mul(space.row_bytes()) != Some(vectors.bytes().len()) {
             return Err(FormatError("vectors of another length"));
         }
-        if !M.contains(&m) || layers > MAX_LAYER + 1 || (layers > 0 && nodes > MOST_NODES) {
+        if !crate::build::M.contains(&m) || layers > MAX_LAYER + 1 || (layers > 0 && nodes > MOST_NODES) {
             return Err(FormatError("impossible parameters"));
         }
-        let (coder, mut at) = match u32_at(bytes, header::CODER) {
-            u32::MAX => (None, header::SIZE),
-            len => {
-                let end = header::SIZE + len as usize;
-                let stored = bytes.get(header::SIZE..end).ok_or(FormatError("no coder"))?;
-                let coder = Coder::from_bytes(&space, stored).ok_or(FormatError("not this space's coder"))?;
-                (Some(coder), end)
-            }
+        let width = match u32_at(bytes, header::WIDTH) {
+            u32::MAX => None,
+            0 => Some(Width::Byte),
+            1 => Some(Width::Nibble),
+            2 => Some(Width::Sign),
+            _ => return Err(FormatError("codes of an unknown width")),
         };
-        let stride = if coder.is_some() && layers > 0 { Coder::stride(&space) } else { 0 };
-        let stored = coder.as_ref().is_some_and(|coder| !coder.is_exact());
-        if Some(codes.bytes().len()) != nodes.checked_mul(if stored { stride } else { 0 }) {
+        let mut end = header::SIZE + u32_at(bytes, header::CODER) as usize;
+        let stored = bytes.get(header::SIZE..end).ok_or(FormatError("no coder"))?;
+        let coder = match width {
+            Some(width) => Some(Coder::from_bytes(&space, width, stored).ok_or(FormatError("not this space's coder"))?),
+            None if stored.is_empty() => None,
+            None => return Err(FormatError("a coder without codes")),
+        };
+        let stride = match &coder {
+            Some(coder) if layers > 0 && !rows_are_codes(&space, coder) => coder.stride(),
+            _ => 0,
+        };
+        if nodes.checked_mul(stride) != Some(codes.bytes().len()) {
             return Err(FormatError("codes of another length"));
         }
         let mut counts: Vec<usize> = Vec::new();
-        let mut length = at;
+        let mut lists = Vec::new();
         for layer in 0..layers {
             let count = u32_at(bytes, header::COUNTS + layer * 4) as usize;
             let within = counts.last().map_or(count == nodes, |below| count <= *below);
@@ -99,67 +122,78 @@ impl Sealed {
                 return Err(FormatError("layers that don't lie in each other"));
             }
             counts.push(count);
+            let start = end;
             let words = count.checked_mul(if layer == 0 { 2 * m } else { m });
-            let end = words.and_then(|words| length.checked_add(words.checked_mul(4)?));
-            length = end.ok_or(FormatError("too large"))?;
+            let next = words.and_then(|words| start.checked_add(words.checked_mul(4)?));
+            end = next.ok_or(FormatError("too large"))?;
+            lists.push(Words::mapped(&graph, start..end).ok_or(FormatError("layers of another length"))?);
         }
-        if length != bytes.len() {
+        if end != bytes.len() {
             return Err(FormatError("layers of another length"));
         }
-        let mut ef = [0; TARGETS.len()];
-        for (n, ef) in ef.iter_mut().enumerate() {
+        let mut calibration = Calibration::default();
+        for (n, (ef, recall)) in calibration.iter_mut().enumerate() {
             *ef = u32_at(bytes, header::EF + n * 4).clamp(1, 1 << 20);
+            *recall = f32::from_bits(u32_at(bytes, header::RECALL + n * 4));
         }
-        if layers == 0 {
-            return Ok(Sealed { space, vectors, nodes, graph: None, coder, ef });
+        let graph = match layers {
+            0 => None,
+            _ => Some(Graph::of(counts, m, lists).ok_or(FormatError("layers of another length"))?),
+        };
+        Ok(Sealed { space, vectors, codes, nodes, graph, coder, hot: OnceLock::new(), calibration })
+    }
+
+    /// Copies what walks read at random places, codes and layer 0, to huge pages: worth a third of a search's time.
+    /// Searches may go on meanwhile. [`Index::memory`] tells how much it is; without memory nothing changes.
+    pub fn warm(&self) {
+        let Some(graph) = &self.graph else { return };
+        graph.warm();
+        let codes = self.mapped_codes();
+        if self.hot.get().is_none()
+            && let Some(mut memory) = Huge::zeroed(codes.len())
+        {
+            memory.bytes_mut().copy_from_slice(codes);
+            // Another thread may have done it meanwhile.
+            let _ = self.hot.set(memory);
         }
-        // From here on the lengths are the file's own, so no damage can ask for more memory than it has bytes.
-        let mut hot = Graph::new(counts, m, stride).ok_or(FormatError("no memory for the graph"))?;
-        for layer in 0..layers {
-            let limit = hot.counts[layer] as u32;
-            let words = hot.lists(layer);
-            for (word, id) in words.iter().zip(bytes[at..].as_chunks::<4>().0) {
-                let id = u32::from_le_bytes(*id);
-                if id > limit {
-                    return Err(FormatError("a link to nowhere"));
-                }
-                word.store(id, Ordering::Relaxed);
-            }
-            at += words.len() * 4;
+    }
+
+    fn mapped_codes(&self) -> &[u8] {
+        match &self.coder {
+            Some(coder) if rows_are_codes(&self.space, coder) => self.vectors.bytes(),
+            _ => self.codes.bytes(),
         }
-        match &coder {
-            Some(coder) if coder.is_exact() => {
-                let size = space.row_bytes();
-                let mut values = Vec::new();
-                for (row, code) in rows.chunks_exact(size).zip(hot.codes.bytes_mut().chunks_exact_mut(stride)) {
-                    coder.encode(row, &mut values, code);
-                }
-            }
-            Some(_) => hot.codes.bytes_mut().copy_from_slice(codes.bytes()),
-            None => {}
-        }
-        Ok(Sealed { space, vectors, nodes, graph: Some(hot), coder, ef })
+    }
+
+    /// The recall of 10 hits that effort for a recall of `target` came to when this was built, on rows that were held
+    /// out; `None` where every search is exact.
+    pub fn measured_recall(&self, target: f32) -> Option<f32> {
+        self.graph.as_ref()?;
+        let known = TARGETS.iter().position(|known| *known >= target)?;
+        Some(self.calibration[known].1)
     }
 
     /// Candidates to keep; `None`: only an exact scan will do.
     fn ef(&self, request: &Request<'_>) -> Option<usize> {
+        // A range has no k: how far a walk goes on is seen as it goes.
+        let k = if request.max_distance.is_some() { request.k.min(CALIBRATED_K) } else { request.k };
         let ef = match request.effort {
             Effort::Ef(ef) => ef,
             Effort::Recall(recall) => {
                 let known = TARGETS.iter().position(|target| *target >= recall)?;
-                // Calibrated for 10 hits: more hits need as many more candidates.
-                self.ef[known] as usize + request.k.saturating_sub(10)
+                // More hits need as many more candidates.
+                self.calibration[known].0 as usize + k.saturating_sub(CALIBRATED_K)
             }
         };
-        Some(ef.max(request.k).max(1))
+        Some(ef.max(k).max(1))
     }
 
     /// The share of slots that the filter allows, as it says, or by asking it about some.
-    fn share(&self, request: &Request<'_>) -> f32 {
+    fn share(&self, filter: &dyn Filter) -> f32 {
         const ASKED: usize = 256;
-        let Some(filter) = request.filter else {
-            return 1.0;
-        };
+        if let Some(bits) = filter.bits() {
+            return bits.iter().map(|word| word.count_ones()).sum::<u32>() as f32 / self.nodes.max(1) as f32;
+        }
         filter.selectivity().unwrap_or_else(|| {
             let step = (self.nodes / ASKED).max(1);
             let asked = (0..self.nodes as u32).step_by(step);
@@ -167,7 +201,33 @@ impl Sealed {
             asked.filter(|slot| filter.allows(Slot(*slot))).count() as f32 / all as f32
         })
     }
+
+    fn walker<'a>(&'a self, graph: &'a Graph) -> Walker<'a> {
+        Walker {
+            space: &self.space,
+            graph,
+            coder: self.coder.as_ref(),
+            codes: self.hot.get().map_or_else(|| self.mapped_codes(), Huge::bytes),
+            rows: self.vectors.bytes(),
+            order: None,
+        }
+    }
+
+    /// The nodes that an unfiltered search with this request meets, in that order, upper layers left out: its path.
+    /// Empty where every search is an exact scan.
+    pub fn path(&self, query: &[f32], request: &Request<'_>, scratch: &mut Scratch) -> Result<Vec<Slot>, SearchError> {
+        let (Some(graph), Some(ef), false) = (&self.graph, self.ef(request), request.exact) else {
+            return Ok(Vec::new());
+        };
+        let exact = Prepared::new(&self.space, query);
+        let mut budget = Budget::new(request);
+        self.walker(graph).nearest(&exact, (request.k, ef), Plan::All, scratch, &mut budget)?;
+        Ok(scratch.pool.marks.met().iter().map(|node| Slot(*node)).collect())
+    }
 }
+
+/// Hits that a graph is calibrated for.
+pub(crate) const CALIBRATED_K: usize = 10;
 
 /// What a walk looks at: the sealed index, or one that is being built.
 pub(crate) struct Walker<'a> {
@@ -175,9 +235,58 @@ pub(crate) struct Walker<'a> {
     pub graph: &'a Graph,
     /// `None` where rows are walked themselves.
     pub coder: Option<&'a Coder>,
+    pub codes: &'a [u8],
     pub rows: &'a [u8],
     /// For each node its row, if they are not in order.
     pub order: Option<&'a [u32]>,
+}
+
+/// Which nodes are compared.
+pub(crate) enum Plan<'a> {
+    /// Those that a walk meets.
+    All,
+    /// Those that a walk among the allowed meets; they are about this share of all. Finds nothing where what is near
+    /// the query is allowed much less than that: what is nearest then may lie anywhere.
+    Allowed(&'a dyn Fn(u32) -> bool, f32),
+    /// These.
+    These(&'a mut Nodes<'a>),
+}
+
+/// A query against rows themselves.
+struct Rows<'a> {
+    walker: &'a Walker<'a>,
+    exact: &'a Prepared,
+}
+
+impl Keys for Rows<'_> {
+    fn keys(&self, nodes: &[u32], out: &mut [u32]) {
+        nodes.iter().take(ASKED).for_each(|node| self.walker.ask(*node));
+        for (n, (node, out)) in nodes.iter().zip(out).enumerate() {
+            if let Some(later) = nodes.get(n + ASKED) {
+                self.walker.ask(*later);
+            }
+            *out = ordered(self.exact.distance(self.walker.row(*node)));
+        }
+    }
+}
+
+/// Rows asked for ahead of their use.
+const ASKED: usize = 3;
+/// The part of a filter's share that must be allowed around a query for a walk to find what is nearest.
+const FEW: f32 = 0.25;
+
+impl<'a> Walker<'a> {
+    /// Over a graph that is being built, with a coder and its codes if it is walked on any.
+    pub fn building(
+        space: &'a Space,
+        graph: &'a Graph,
+        codes: Option<(&'a Coder, &'a [u8])>,
+        rows: &'a [u8],
+        order: &'a [u32],
+    ) -> Walker<'a> {
+        let (coder, codes) = codes.map_or((None, &[][..]), |(coder, codes)| (Some(coder), codes));
+        Walker { space, graph, coder, codes, rows, order: Some(order) }
+    }
 }
 
 impl Walker<'_> {
@@ -191,106 +300,198 @@ impl Walker<'_> {
         &self.rows[self.input(node) as usize * size..][..size]
     }
 
-    /// The `k` nearest that a walk with `ef` candidates finds, by their full vectors, into `scratch.best`.
+    /// Asks for a row ahead of its use.
+    fn ask(&self, node: u32) {
+        let size = self.space.row_bytes();
+        let start = self.input(node) as usize * size;
+        (0..size.min(1024)).step_by(64).for_each(|at| prefetch(self.rows, start + at));
+    }
+
+    /// The `k` nearest by their full vectors of the `ef` nearest that the plan finds, into `scratch.best`.
     pub fn nearest(
         &self,
-        query: &[f32],
         exact: &Prepared,
-        k: usize,
-        ef: usize,
+        (k, ef): (usize, usize),
+        plan: Plan<'_>,
         scratch: &mut Scratch,
         budget: &mut Budget,
     ) -> Result<(), SearchError> {
         let Some(coder) = self.coder else {
-            return self.nearest_allowed(query, exact, (k, ef), &|_| true, scratch, budget);
-        };
-        scratch.best.clear();
-        let Scratch { pool, marks, query: coded, values, best, sorted, .. } = scratch;
-        let is_exact = coder.query(query, values, coded);
-        let start = self.graph.descend(coded, 0, pool, budget)?;
-        let entries = self.graph.walk(coded, start, (ef, 0), pool, marks, budget)?;
-        let many = if is_exact { k } else { reranked(k) };
-        let entries = &entries[..entries.len().min(many)];
-        if is_exact {
-            let hits = entries.iter().map(|e| Candidate { distance: entry_key(*e) as f32, node: entry_node(*e) });
-            best.extend(hits);
+            self.candidates(&Rows { walker: self, exact }, ef, plan, scratch, budget)?;
+            scratch.rank_by_keys(k, unordered);
             return Ok(());
-        }
-        sorted.clear();
-        sorted.extend(entries.iter().map(|e| Candidate { distance: 0.0, node: entry_node(*e) }));
-        self.rerank(exact, k, scratch, budget)
+        };
+        let mut coded = std::mem::take(&mut scratch.query);
+        let is_exact = coder.query(exact.query(), &mut scratch.values, &mut coded);
+        let keys = Coded { query: &coded, codes: self.codes };
+        let result = match self.candidates(&keys, ef, plan, scratch, budget) {
+            Ok(()) if is_exact => {
+                scratch.rank_by_keys(k, |key| key as f32);
+                Ok(())
+            }
+            Ok(()) => self.rerank(&coded, exact, k, scratch, budget),
+            Err(error) => Err(error),
+        };
+        scratch.query = coded;
+        result
     }
 
-    /// The same among those that are `allowed`; the walk goes through the others.
-    pub fn nearest_allowed(
+    /// What the plan finds are the pool's entries afterwards.
+    fn candidates(
         &self,
-        query: &[f32],
-        exact: &Prepared,
-        (k, ef): (usize, usize),
-        allowed: &impl Fn(u32) -> bool,
+        query: &impl Keys,
+        ef: usize,
+        plan: Plan<'_>,
         scratch: &mut Scratch,
         budget: &mut Budget,
     ) -> Result<(), SearchError> {
-        let top = self.graph.counts.len() - 1;
-        match self.coder {
-            Some(coder) => {
-                let mut coded = std::mem::take(&mut scratch.query);
-                coder.query(query, &mut scratch.values, &mut coded);
-                let distance = |node: u32| {
-                    let mut key = [0];
-                    coded.keys(self.graph.codes.bytes(), &[node], &mut key);
-                    key[0] as f32
-                };
-                let start = descend(self.graph, &distance, 0, (top, 0), &mut scratch.links, budget)
-                    .and_then(|start| walk_layer(self.graph, &distance, allowed, start, (ef, 0), scratch, budget));
-                scratch.query = coded;
-                start?;
+        let Scratch { pool, .. } = scratch;
+        match plan {
+            Plan::All => {
+                let start = self.graph.descend(query, 0, pool, budget)?;
+                self.graph.walk(query, start, (ef, 0), pool, budget)?;
             }
-            None => {
-                let distance = |node: u32| exact.distance(self.row(node));
-                let start = descend(self.graph, &distance, 0, (top, 0), &mut scratch.links, budget)?;
-                walk_layer(self.graph, &distance, allowed, start, (ef, 0), scratch, budget)?;
+            Plan::Allowed(allowed, share) => {
+                let (_, near) = self.graph.descend(query, 0, pool, budget)?;
+                if self.graph.share_around(near, &allowed, &mut pool.marks).is_none_or(|around| around < share * FEW) {
+                    pool.clear();
+                } else {
+                    self.graph.walk_allowed(query, near, &allowed, ef, pool, budget)?;
+                }
+            }
+            Plan::These(nodes) => {
+                Graph::scan(query, nodes, ef, pool, budget)?;
             }
         }
-        let Scratch { best, sorted, .. } = scratch;
-        sorted.clear();
-        sorted.extend(best.drain());
-        sorted.sort_unstable();
-        sorted.truncate(reranked(k));
-        self.rerank(exact, k, scratch, budget)
+        Ok(())
     }
 
-    /// The `k` nearest of `scratch.sorted` by their full vectors.
+    /// The `k` nearest of the pool's entries by their full vectors, into `scratch.best`. What lies so far behind the
+    /// k-th that rounding can't have put it there is left out.
     fn rerank(
         &self,
+        query: &CodedQuery,
         exact: &Prepared,
         k: usize,
         scratch: &mut Scratch,
         budget: &mut Budget,
     ) -> Result<(), SearchError> {
-        let Scratch { best, sorted, .. } = scratch;
-        let size = self.space.row_bytes();
-        let ask = |candidate: &Candidate| {
-            let start = self.input(candidate.node) as usize * size;
-            (0..size.min(1024)).step_by(64).for_each(|at| prefetch(self.rows, start + at));
-        };
-        sorted.iter().take(3).for_each(ask);
-        budget.spend(sorted.len() as u64)?;
-        for (n, candidate) in sorted.iter().enumerate() {
-            if let Some(later) = sorted.get(n + 3) {
-                ask(later);
+        let Scratch { best, pool, .. } = scratch;
+        best.clear();
+        let entries = pool.entries();
+        let limit = entries.get(k.saturating_sub(1)).map_or(u32::MAX, |kth| query.not_beyond(entry_key(*kth)));
+        let entries = &entries[..entries.partition_point(|entry| entry_key(*entry) <= limit)];
+        entries.iter().take(ASKED).for_each(|entry| self.ask(entry_node(*entry)));
+        budget.spend(entries.len() as u64)?;
+        for (n, entry) in entries.iter().enumerate() {
+            if let Some(later) = entries.get(n + ASKED) {
+                self.ask(entry_node(*later));
             }
-            let distance = exact.distance(self.row(candidate.node));
-            keep(best, k, Candidate { distance, node: candidate.node });
+            let node = entry_node(*entry);
+            keep(best, k, Candidate { distance: exact.distance(self.row(node)), node });
         }
         Ok(())
     }
 }
 
-/// Candidates that are ranked by their full vectors: codes misjudge by little, so what lies far behind the k-th can't
-/// come before it.
-fn reranked(k: usize) -> usize {
-    k + k / 2 + 10
+impl Scratch {
+    /// The first `k` of the pool's entries, whose keys tell their distances, into `best`.
+    fn rank_by_keys(&mut self, k: usize, distance: impl Fn(u32) -> f32) {
+        self.best.clear();
+        let first = self.pool.entries().iter().take(k);
+        self.best.extend(first.map(|e| Candidate { distance: distance(entry_key(*e)), node: entry_node(*e) }));
+    }
+}
+
+/// What a filtered walk costs, in distances of an unfiltered one, for each candidate; measured (see `share`).
+fn walk_cost(ef: usize, share: f32) -> f32 {
+    ef as f32 * 16.0 * (1.0 + (1.0 / share.max(1e-4)).min(16.0) / 4.0)
+}
+
+/// What comparing with all that is allowed costs, in the same unit: memory is read in order.
+fn scan_cost(nodes: usize, share: f32, bits: bool) -> f32 {
+    nodes as f32 * (share * 0.5 + if bits { 0.002 } else { 0.1 })
+}
+
+impl Sealed {
+    /// The nearest that a walk, or a scan of codes, finds with `ef` candidates, into `scratch.best`.
+    fn nearest(
+        &self,
+        walker: &Walker<'_>,
+        exact: &Prepared,
+        (k, ef): (usize, usize),
+        request: &Request<'_>,
+        scratch: &mut Scratch,
+        budget: &mut Budget,
+    ) -> Result<(), SearchError> {
+        let Some(filter) = request.filter else {
+            return walker.nearest(exact, (k, ef), Plan::All, scratch, budget);
+        };
+        let bits = filter.bits();
+        let allowed = |node: u32| match bits {
+            Some(bits) => bits.get(node as usize / 64).is_some_and(|word| word >> (node % 64) & 1 == 1),
+            None => filter.allows(Slot(node)),
+        };
+        let share = self.share(filter);
+        let scan = scan_cost(self.nodes, share, bits.is_some());
+        if walk_cost(ef, share) < scan {
+            // What is allowed may be scattered far from the query, where a walk is long: no longer than the scan.
+            budget.give_up_after(scan as u64);
+            // Paths among the allowed alone are a little worse than those that were calibrated.
+            let more = if share < 0.9 { ef + ef / 4 } else { ef };
+            let walked = walker.nearest(exact, (k, more), Plan::Allowed(&allowed, share), scratch, budget);
+            let gave_up = budget.gave_up();
+            budget.go_on();
+            match walked {
+                Err(SearchError::WorkLimit) if gave_up => {}
+                Err(error) => return Err(error),
+                // Less than asked for: the walk came to an end before it had met all that is allowed.
+                Ok(()) if scratch.best.len() < k.min(ef) => {}
+                Ok(()) => return Ok(()),
+            }
+        }
+        let ef = ef.max(2 * k.min(self.nodes) + 20);
+        let mut these = match bits {
+            Some(bits) => Nodes::Set(bits, 0),
+            None => Nodes::Passing(0..self.nodes as u32, &allowed),
+        };
+        walker.nearest(exact, (k, ef), Plan::These(&mut these), scratch, budget)
+    }
+
+    /// The hits, into `scratch.best`.
+    fn answer(&self, exact: &Prepared, request: &Request<'_>, scratch: &mut Scratch) -> Result<Stats, SearchError> {
+        let mut budget = Budget::new(request);
+        scratch.best.clear();
+        match (&self.graph, self.ef(request), request.exact) {
+            (Some(graph), Some(mut ef), false) => {
+                let walker = self.walker(graph);
+                loop {
+                    let wanted = (request.k.min(self.nodes), ef);
+                    self.nearest(&walker, exact, wanted, request, scratch, &mut budget)?;
+                    // A range goes on while most of what was found lies within.
+                    let Some(most) = request.max_distance else { break };
+                    let within = scratch.best.iter().filter(|hit| hit.distance <= most).count();
+                    if within >= wanted.0 || within * 2 < scratch.best.len().max(ef) || ef >= self.nodes {
+                        break;
+                    }
+                    ef = (ef * 4).min(self.nodes);
+                }
+            }
+            _ => {
+                let distance = |node: u32| exact.distance(self.row(Slot(node)));
+                let allowed = |node: u32| request.allows(node);
+                let mut these = match request.filter.and_then(|filter| filter.bits()) {
+                    Some(bits) => Nodes::Set(bits, 0),
+                    None => Nodes::Passing(0..self.nodes as u32, &allowed),
+                };
+                let Scratch { best, links: batch, .. } = scratch;
+                while these.next(batch) {
+                    scan(batch.iter().copied(), distance, request.k, &mut budget, best)?;
+                }
+            }
+        }
+        Ok(budget.stats)
+    }
 }
 
 impl Index for Sealed {
@@ -314,61 +515,17 @@ impl Index for Sealed {
         scratch: &mut Scratch,
         out: &mut Vec<Neighbor>,
     ) -> Result<Stats, SearchError> {
-        let prepared = Prepared::new(&self.space, query);
-        let mut budget = Budget::new(request);
-        scratch.best.clear();
-        if let (Some(graph), Some(ef), false) = (&self.graph, self.ef(request), request.exact) {
-            let walker = Walker {
-                space: &self.space,
-                graph,
-                coder: self.coder.as_ref(),
-                rows: self.vectors.bytes(),
-                order: None,
-            };
-            if request.filter.is_none() {
-                walker.nearest(query, &prepared, request.k, ef, scratch, &mut budget)?;
-            } else {
-                // What an exact scan of what is allowed costs, in distances, and what a walk is expected to.
-                let share = self.share(request);
-                let scan = 2.0 * share * self.nodes as f32 + self.nodes as f32 / 16.0;
-                let walk = 16.0 * ef as f32 / share.max(1e-6);
-                if walk < scan {
-                    // A filter that allows what lies far from the query makes walks long: no longer than the scan.
-                    budget.give_up_after(scan as u64);
-                    let (asked, passed) = (Cell::new(0u32), Cell::new(0u32));
-                    let accept = |node: u32| {
-                        let allowed = request.allows(node);
-                        asked.set(asked.get() + 1);
-                        passed.set(passed.get() + u32::from(allowed));
-                        allowed
-                    };
-                    match walker.nearest_allowed(query, &prepared, (request.k, ef), &accept, scratch, &mut budget) {
-                        Err(SearchError::WorkLimit) if budget.gave_up() => scratch.best.clear(),
-                        other => other?,
-                    }
-                    // Much less allowed around the query than elsewhere: what is nearest may lie where the walk
-                    // never came, so only the scan is sure.
-                    if (passed.get() as f32) < 0.5 * share * asked.get() as f32 {
-                        scratch.best.clear();
-                    }
-                    budget.go_on();
-                }
-            }
-        }
-        if scratch.best.len() < request.k.min(self.nodes) {
-            // No walk, or one that didn't find enough of what the filter allows.
-            scratch.best.clear();
-            let distance = |node: u32| prepared.distance(self.row(Slot(node)));
-            scan(0..self.nodes as u32, distance, request, &mut budget, &mut scratch.best)?;
-        }
+        let exact = Prepared::again(scratch.exact.take(), &self.space, query);
+        let answered = self.answer(&exact, request, scratch);
+        scratch.exact = Some(exact);
+        let stats = answered?;
         deliver(&mut scratch.best, request, out);
-        Ok(budget.stats)
+        Ok(stats)
     }
 
     fn memory(&self) -> Memory {
-        Memory {
-            index: self.graph.as_ref().map_or(0, |graph| graph.bytes() as u64),
-            vectors: self.vectors.bytes().len() as u64,
-        }
+        let graph = self.graph.as_ref().map_or(0, Graph::bytes);
+        let mapped = self.vectors.bytes().len() + self.codes.bytes().len();
+        Memory { index: (graph + self.hot.get().map_or(0, Huge::len)) as u64, vectors: mapped as u64 }
     }
 }

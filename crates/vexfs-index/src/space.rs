@@ -65,6 +65,10 @@ names! {
         None = "none",
         /// 8 bits a number, one scale for all rows of a segment.
         Sq8 = "sq8",
+        /// 4 bits a number, after a rotation.
+        Sq4 = "sq4",
+        /// 1 bit a number, after a rotation (RaBitQ).
+        Rabitq = "rabitq",
     }
 }
 

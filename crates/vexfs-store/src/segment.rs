@@ -246,6 +246,7 @@ impl Segment {
         if index.len() != parsed.points {
             return Err(SegmentError::Malformed("the graph has another number of points"));
         }
+        index.warm();
         let bytes = region.bytes();
         let files = bytes[files]
             .chunks_exact(FILE_ENTRY)

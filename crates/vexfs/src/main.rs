@@ -46,7 +46,9 @@ struct BenchArgs {
 #[derive(Subcommand)]
 enum BenchCommand {
     /// An index, built in process: recall, rates, latencies, sizes.
-    Index(bench::IndexArgs),
+    Index(bench::index::IndexArgs),
+    /// Filtered searches beside the unfiltered one and an exact scan of what is allowed.
+    Filter(bench::filter::FilterArgs),
 }
 
 fn main() -> ExitCode {
@@ -55,7 +57,8 @@ fn main() -> ExitCode {
         Command::Umount { mountpoint } => daemon::umount(&mountpoint),
         Command::Search(args) => search::run(&args),
         Command::Status(args) => status::run(&args),
-        Command::Bench(BenchArgs { what: BenchCommand::Index(args) }) => bench::index(&args),
+        Command::Bench(BenchArgs { what: BenchCommand::Index(args) }) => bench::index::index(&args),
+        Command::Bench(BenchArgs { what: BenchCommand::Filter(args) }) => bench::filter::filter(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 /// Bytes that a record of codes is padded to.
 pub const PAD: usize = 64;
 /// Records asked for ahead of their use.
-const AHEAD: usize = 6;
+pub(super) const AHEAD: usize = 6;
 
 /// Distances of one query to the records `ids` of `data`, each as long as the query, into `out`.
 type Many = unsafe fn(&[u8], &[u8], &[u32], &mut [u32]);
@@ -75,7 +75,7 @@ pub fn best() -> &'static CodeKernels {
 }
 
 #[inline(always)]
-fn ask(data: &[u8], id: u32, len: usize) {
+pub(super) fn ask(data: &[u8], id: u32, len: usize) {
     let start = id as usize * len;
     // A long record's later lines are fetched by the machine itself.
     for at in (0..len.min(512)).step_by(64) {
@@ -83,17 +83,19 @@ fn ask(data: &[u8], id: u32, len: usize) {
     }
 }
 
+/// A function over many records from one over one; `$len` is a record's length by the query's.
 macro_rules! many {
-    ($name:ident, $one:ident $(, $features:literal)?) => {
+    ($name:ident, $one:ident, $len:path $(, $features:literal)?) => {
         $(#[target_feature(enable = $features)])?
         pub(super) fn $name(query: &[u8], data: &[u8], ids: &[u32], out: &mut [u32]) {
-            let len = query.len();
-            for id in ids.iter().take(super::AHEAD) {
-                super::ask(data, *id, len);
+            use crate::kernels::codes::{AHEAD, ask};
+            let len = $len(query.len());
+            for id in ids.iter().take(AHEAD) {
+                ask(data, *id, len);
             }
             for (n, (id, out)) in ids.iter().zip(out).enumerate() {
-                if let Some(later) = ids.get(n + super::AHEAD) {
-                    super::ask(data, *later, len);
+                if let Some(later) = ids.get(n + AHEAD) {
+                    ask(data, *later, len);
                 }
                 let start = *id as usize * len;
                 *out = $one(query, &data[start..start + len]);
@@ -101,13 +103,19 @@ macro_rules! many {
         }
     };
 }
+pub(super) use many;
+
+/// Records of codes are as long as their queries.
+fn as_long(len: usize) -> usize {
+    len
+}
 
 #[cfg(target_arch = "x86_64")]
 mod vnni {
     use std::arch::x86_64::*;
 
-    many!(squares, squares_one, "avx512f,avx512bw,avx512vnni");
-    many!(products, products_one, "avx512f,avx512bw,avx512vnni");
+    many!(squares, squares_one, super::as_long, "avx512f,avx512bw,avx512vnni");
+    many!(products, products_one, super::as_long, "avx512f,avx512bw,avx512vnni");
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
@@ -142,8 +150,8 @@ mod vnni {
 mod avx2 {
     use std::arch::x86_64::*;
 
-    many!(squares, squares_one, "avx2");
-    many!(products, products_one, "avx2");
+    many!(squares, squares_one, super::as_long, "avx2");
+    many!(products, products_one, super::as_long, "avx2");
 
     #[target_feature(enable = "avx2")]
     fn total(sums: __m256i) -> u32 {
@@ -183,8 +191,8 @@ mod avx2 {
 }
 
 mod scalar {
-    many!(squares, squares_one);
-    many!(products, products_one);
+    many!(squares, squares_one, super::as_long);
+    many!(products, products_one, super::as_long);
 
     #[inline]
     fn squares_one(query: &[u8], codes: &[u8]) -> u32 {

@@ -50,7 +50,7 @@ fn every_kernel_of_this_machine_agrees_with_f64() {
                 space.encode(&base, &mut row).unwrap();
                 let wanted = reference(&space, &query, &row);
                 for kernels in available() {
-                    let got = f64::from(Prepared::with(kernels, &space, &query).distance(&row));
+                    let got = f64::from(Prepared::with(kernels, None, &space, &query).distance(&row));
                     let size = wanted.abs() + query.iter().map(|x| f64::from(x * x)).sum::<f64>() * 0.1;
                     assert!(
                         (got - wanted).abs() <= 1e-5 * size.max(1.0),

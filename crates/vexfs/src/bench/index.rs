@@ -7,10 +7,9 @@ use std::time::Instant;
 
 use clap::Args;
 use serde_json::json;
-use vexfs_fs::formats::{Format, Source};
-use vexfs_fs::index::{
-    Effort, Index, Metric, Params, Quantization, Request, Scratch, Sealed, Space, build, region_from,
-};
+use vexfs_fs::index::{Effort, Index, Metric, Params, Quantization, Request, Scratch, Sealed, build, region_from};
+
+use super::{Rows, read_base, read_queries};
 
 /// Arguments of `vexfs bench index`.
 #[derive(Args)]
@@ -36,7 +35,7 @@ pub struct IndexArgs {
     /// Candidates kept while a node is linked.
     #[arg(long, default_value_t = 200)]
     ef_construction: usize,
-    /// none or sq8; rows of 8-bit integers are walked as they are.
+    /// none, sq8, sq4 or rabitq; under none and sq8, rows of 8-bit integers are walked as they are.
     #[arg(long, default_value = "sq8")]
     quantization: Quantization,
     /// Only the first rows of the base.
@@ -58,26 +57,6 @@ pub struct IndexArgs {
     /// As JSON.
     #[arg(long)]
     json: bool,
-}
-
-struct Rows {
-    bytes: Vec<u8>,
-    space: Space,
-}
-
-fn read(path: &Path) -> Result<Source, String> {
-    let at = |what: &dyn std::fmt::Display| format!("{}: {what}", path.display());
-    let format = path.file_name().and_then(Format::of).ok_or_else(|| at(&"neither .vec nor .npy"))?;
-    let file = File::open(path).map_err(|error| at(&error))?;
-    Source::open(format, &file).map_err(|refusal| at(&refusal.reason))?.ok_or_else(|| at(&"holds no vector"))
-}
-
-fn read_base(path: &Path, metric: Metric) -> Result<Rows, String> {
-    let source = read(path)?;
-    let shape = source.shape();
-    let space = Space::new(shape.dimension, metric, shape.element).map_err(|error| error.to_string())?;
-    let bytes = source.encode(&space).map_err(|refusal| format!("{}: {}", path.display(), refusal.reason))?;
-    Ok(Rows { bytes, space })
 }
 
 fn read_truth(path: &Path, k: usize) -> Result<Vec<Vec<i32>>, String> {
@@ -155,17 +134,10 @@ fn peak_rss() -> Option<u64> {
 /// Measures and prints.
 pub fn index(args: &IndexArgs) -> Result<(), String> {
     let threads = args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from)).max(1);
-    let Rows { mut bytes, space } = read_base(&args.base, args.metric)?;
-    if let Some(rows) = args.rows {
-        bytes.truncate(rows.saturating_mul(space.row_bytes()));
-    }
+    let Rows { bytes, space } = read_base(&args.base, args.metric, args.rows)?;
     let points = bytes.len() / space.row_bytes();
     let truth = read_truth(&args.truth, args.k)?;
-    let source = read(&args.queries)?;
-    if source.shape().dimension != space.dim() {
-        return Err(format!("queries of {} dimensions, base of {}", source.shape().dimension, space.dim()));
-    }
-    let queries = source.rows().map_err(|refusal| refusal.reason)?;
+    let queries = read_queries(&args.queries, &space)?;
     if queries.len() != truth.len() {
         return Err(format!("{} queries, truth for {}", queries.len(), truth.len()));
     }
@@ -187,6 +159,7 @@ pub fn index(args: &IndexArgs) -> Result<(), String> {
     let index =
         Sealed::open(space, region_from(sections.vectors), region_from(sections.codes), region_from(sections.graph))
             .map_err(|error| error.to_string())?;
+    index.warm();
     let memory = index.memory();
 
     let mut rows = Vec::new();
