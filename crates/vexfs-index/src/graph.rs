@@ -27,18 +27,25 @@ pub(crate) struct Graph {
 pub(crate) trait Keys {
     /// Keys of the nodes, the smaller the nearer; `out` has room for them.
     fn keys(&self, nodes: &[u32], out: &mut [u32]);
+    /// Asks for what a node's key is made of ahead of its use.
+    fn ask(&self, node: u32);
 }
 
 /// Against coded rows.
 pub(crate) struct Coded<'a> {
     pub query: &'a CodedQuery,
     pub codes: &'a [u8],
+    pub stride: usize,
 }
 
 impl Keys for Coded<'_> {
     #[inline]
     fn keys(&self, nodes: &[u32], out: &mut [u32]) {
         self.query.keys(self.codes, nodes, out);
+    }
+    #[inline(always)]
+    fn ask(&self, node: u32) {
+        crate::kernels::codes::ask(self.codes, node, self.stride);
     }
 }
 
@@ -159,6 +166,7 @@ impl Graph {
             loop {
                 batch.clear();
                 batch.extend(self.links(layer, at.1).filter(|node| (*node as usize) < self.nodes));
+                batch.iter().for_each(|node| query.ask(*node));
                 query.keys(batch, keys);
                 budget.stats.hops += 1;
                 budget.spend(batch.len() as u64)?;
@@ -187,37 +195,32 @@ impl Graph {
         marks.meet(start.1);
         entries.clear();
         entries.push(entry(start.0, start.1));
-        keys.resize(room.max(keys.len()), 0);
         let mut at = 0;
-        while let Some(current) = entries.get_mut(at) {
-            *current |= EXPANDED;
+        while at < entries.len() {
             batch.clear();
-            for link in list_of(lists, room, entry_node(*current)) {
-                let word = link.load(Ordering::Relaxed);
-                if word == 0 {
-                    break;
+            let mut next = at;
+            for _ in 0..EXPANDED_TOGETHER {
+                let Some(current) = entries.get_mut(next) else { break };
+                *current |= EXPANDED;
+                for link in list_of(lists, room, entry_node(*current)) {
+                    let word = link.load(Ordering::Relaxed);
+                    if word == 0 {
+                        break;
+                    }
+                    if marks.meet(word - 1) {
+                        batch.push(word - 1);
+                        query.ask(word - 1);
+                    }
                 }
-                if marks.meet(word - 1) {
-                    batch.push(word - 1);
+                budget.stats.hops += 1;
+                while entries.get(next).is_some_and(|entry| entry & EXPANDED != 0) {
+                    next += 1;
                 }
             }
-            budget.stats.hops += 1;
             budget.spend(batch.len() as u64)?;
+            keys.resize(batch.len().max(keys.len()), 0);
             query.keys(batch, keys);
-            // The first unexpanded entry after this round.
-            let mut next = at + 1;
-            for (key, node) in keys.iter().zip(batch.iter()) {
-                let Some(place) = offer(entries, ef, *key, *node) else { continue };
-                if place <= next {
-                    // It may well be expanded next.
-                    ask(list_of(lists, room, *node));
-                }
-                next = next.min(place);
-            }
-            at = next;
-            while entries.get(at).is_some_and(|entry| entry & EXPANDED != 0) {
-                at += 1;
-            }
+            at = offer_all(entries, ef, keys, batch, next, (lists, room));
         }
         Ok(entries)
     }
@@ -262,68 +265,75 @@ impl Graph {
         if marks.meet(near) && allowed(near) {
             batch.push(near);
         }
-        let (mut at, mut from) = (0, Some(near));
-        while let Some(node) = from {
-            blocked.clear();
-            let mut direct = 0;
-            for link in list_of(lists, room, node) {
-                let word = link.load(Ordering::Relaxed);
-                if word == 0 {
-                    break;
-                }
-                if allowed(word - 1) {
-                    direct += 1;
-                    if marks.meet(word - 1) {
-                        batch.push(word - 1);
+        let (mut at, mut first) = (0, Some(near));
+        loop {
+            let mut next = at;
+            let mut expanded = 0;
+            while expanded < EXPANDED_TOGETHER {
+                let node = match (first.take(), entries.get_mut(next)) {
+                    (Some(near), _) => near,
+                    (None, Some(entry)) => {
+                        *entry |= EXPANDED;
+                        entry_node(*entry)
                     }
-                } else if marks.meet(word - 1) {
-                    blocked.push(word - 1);
-                }
-            }
-            if direct >= room / ENOUGH {
+                    (None, None) => break,
+                };
+                expanded += 1;
+                let before = batch.len();
+                let mut direct = 0;
                 blocked.clear();
-            }
-            blocked.iter().take(ASKED).for_each(|node| ask(list_of(lists, room, *node)));
-            for (n, through) in blocked.iter().enumerate() {
-                if batch.len() >= room / 2 && !entries.is_empty() {
-                    break;
-                }
-                if let Some(later) = blocked.get(n + ASKED) {
-                    ask(list_of(lists, room, *later));
-                }
-                for link in list_of(lists, room, *through) {
+                for link in list_of(lists, room, node) {
                     let word = link.load(Ordering::Relaxed);
                     if word == 0 {
                         break;
                     }
-                    if allowed(word - 1) && marks.meet(word - 1) {
-                        batch.push(word - 1);
+                    if allowed(word - 1) {
+                        direct += 1;
+                        if marks.meet(word - 1) {
+                            batch.push(word - 1);
+                            query.ask(word - 1);
+                        }
+                    } else if marks.meet(word - 1) {
+                        blocked.push(word - 1);
                     }
                 }
-                // A list that is looked through costs about what a distance does.
-                budget.spend(1)?;
+                if direct >= room / ENOUGH {
+                    blocked.clear();
+                }
+                blocked.iter().take(ASKED).for_each(|node| ask(list_of(lists, room, *node)));
+                for (n, through) in blocked.iter().enumerate() {
+                    if batch.len() - before >= room / ENOUGH && !entries.is_empty() {
+                        break;
+                    }
+                    if let Some(later) = blocked.get(n + ASKED) {
+                        ask(list_of(lists, room, *later));
+                    }
+                    for link in list_of(lists, room, *through) {
+                        let word = link.load(Ordering::Relaxed);
+                        if word == 0 {
+                            break;
+                        }
+                        if allowed(word - 1) && marks.meet(word - 1) {
+                            batch.push(word - 1);
+                            query.ask(word - 1);
+                        }
+                    }
+                    // A list that is looked through costs about what a distance does.
+                    budget.spend(1)?;
+                }
+                budget.stats.hops += 1;
+                while entries.get(next).is_some_and(|entry| entry & EXPANDED != 0) {
+                    next += 1;
+                }
             }
-            budget.stats.hops += 1;
+            if expanded == 0 {
+                break;
+            }
             budget.spend(batch.len() as u64)?;
             keys.resize(batch.len().max(keys.len()), 0);
             query.keys(batch, keys);
-            let mut next = at + usize::from(!entries.is_empty());
-            for (key, node) in keys.iter().zip(batch.iter()) {
-                let Some(place) = offer(entries, ef, *key, *node) else { continue };
-                if place <= next {
-                    ask(list_of(lists, room, *node));
-                }
-                next = next.min(place);
-            }
+            at = offer_all(entries, ef, keys, batch, next, (lists, room));
             batch.clear();
-            at = next;
-            while entries.get(at).is_some_and(|entry| entry & EXPANDED != 0) {
-                at += 1;
-            }
-            from = entries.get_mut(at).map(|entry| {
-                *entry |= EXPANDED;
-                entry_node(*entry)
-            });
         }
         Ok(entries)
     }
@@ -340,10 +350,14 @@ impl Graph {
         entries.clear();
         while nodes.next(batch) {
             budget.spend(batch.len() as u64)?;
-            keys.resize(batch.len().max(keys.len()), 0);
-            query.keys(batch, keys);
-            for (key, node) in keys.iter().zip(batch.iter()) {
-                offer(entries, ef, *key, *node);
+            keys.resize(SCANNED, 0);
+            let mut later = batch.chunks(SCANNED).skip(1);
+            for some in batch.chunks(SCANNED) {
+                later.next().unwrap_or_default().iter().for_each(|node| query.ask(*node));
+                query.keys(some, keys);
+                for (key, node) in keys.iter().zip(some) {
+                    offer(entries, ef, *key, *node);
+                }
             }
         }
         Ok(entries)
@@ -380,6 +394,11 @@ impl Nodes<'_> {
     }
 }
 
+/// Candidates whose links are read in one round of a walk: a round waits for memory twice, for links and for codes,
+/// and two candidates wait together. More compare too many that are far; measured.
+const EXPANDED_TOGETHER: usize = 2;
+/// Nodes that a scan compares while it asks for the next.
+const SCANNED: usize = 16;
 /// Lists asked for ahead of their use.
 const ASKED: usize = 6;
 /// A filtered walk that finds this part of a list's room allowed looks no further than the list.
@@ -410,6 +429,30 @@ fn offer(entries: &mut Vec<u64>, ef: usize, key: u32, node: u32) -> Option<usize
     let place = entries.partition_point(|old| *old < new);
     entries.insert(place, new);
     Some(place)
+}
+
+/// Offers nodes with their keys. All entries before `next` are expanded; returns the first that is not, and asks for
+/// the links of what may well be expanded next.
+#[inline]
+fn offer_all(
+    entries: &mut Vec<u64>,
+    ef: usize,
+    keys: &[u32],
+    nodes: &[u32],
+    mut next: usize,
+    (lists, room): (&[AtomicU32], usize),
+) -> usize {
+    for (key, node) in keys.iter().zip(nodes) {
+        let Some(place) = offer(entries, ef, *key, *node) else { continue };
+        if place <= next {
+            ask(list_of(lists, room, *node));
+        }
+        next = next.min(place);
+    }
+    while entries.get(next).is_some_and(|entry| entry & EXPANDED != 0) {
+        next += 1;
+    }
+    next
 }
 
 /// Links a node of `level` into the layers below `self.counts.len()`; callers hold nothing.
@@ -445,7 +488,7 @@ impl Linker<'_> {
         let mut budget = Budget::unlimited();
         let mut query = std::mem::take(&mut bench.query);
         self.coder.query_of(self.code(node), &mut query);
-        let coded = Coded { query: &query, codes: self.codes };
+        let coded = Coded { query: &query, codes: self.codes, stride: self.coder.stride() };
         if let Ok(mut start) = self.graph.descend(&coded, level, &mut bench.pool, &mut budget) {
             for layer in (0..=level.min(self.graph.counts.len() - 1)).rev() {
                 let walked = self.graph.walk(&coded, start, (self.ef, layer), &mut bench.pool, &mut budget);

@@ -259,6 +259,9 @@ struct Rows<'a> {
 }
 
 impl Keys for Rows<'_> {
+    fn ask(&self, node: u32) {
+        self.walker.ask(node);
+    }
     fn keys(&self, nodes: &[u32], out: &mut [u32]) {
         nodes.iter().take(ASKED).for_each(|node| self.walker.ask(*node));
         for (n, (node, out)) in nodes.iter().zip(out).enumerate() {
@@ -273,7 +276,7 @@ impl Keys for Rows<'_> {
 /// Rows asked for ahead of their use.
 const ASKED: usize = 3;
 /// The part of a filter's share that must be allowed around a query for a walk to find what is nearest.
-const FEW: f32 = 0.25;
+const FEW: f32 = 0.5;
 
 impl<'a> Walker<'a> {
     /// Over a graph that is being built, with a coder and its codes if it is walked on any.
@@ -307,7 +310,8 @@ impl Walker<'_> {
         (0..size.min(1024)).step_by(64).for_each(|at| prefetch(self.rows, start + at));
     }
 
-    /// The `k` nearest by their full vectors of the `ef` nearest that the plan finds, into `scratch.best`.
+    /// The `k` nearest by their full vectors of the `ef` nearest that the plan finds, into `scratch.best`. False: as
+    /// far as codes tell, others that the plan came by may be as near.
     pub fn nearest(
         &self,
         exact: &Prepared,
@@ -315,21 +319,21 @@ impl Walker<'_> {
         plan: Plan<'_>,
         scratch: &mut Scratch,
         budget: &mut Budget,
-    ) -> Result<(), SearchError> {
+    ) -> Result<bool, SearchError> {
         let Some(coder) = self.coder else {
             self.candidates(&Rows { walker: self, exact }, ef, plan, scratch, budget)?;
             scratch.rank_by_keys(k, unordered);
-            return Ok(());
+            return Ok(true);
         };
         let mut coded = std::mem::take(&mut scratch.query);
         let is_exact = coder.query(exact.query(), &mut scratch.values, &mut coded);
-        let keys = Coded { query: &coded, codes: self.codes };
+        let keys = Coded { query: &coded, codes: self.codes, stride: coder.stride() };
         let result = match self.candidates(&keys, ef, plan, scratch, budget) {
             Ok(()) if is_exact => {
                 scratch.rank_by_keys(k, |key| key as f32);
-                Ok(())
+                Ok(true)
             }
-            Ok(()) => self.rerank(&coded, exact, k, scratch, budget),
+            Ok(()) => self.rerank(&coded, exact, (k, ef), scratch, budget),
             Err(error) => Err(error),
         };
         scratch.query = coded;
@@ -353,10 +357,14 @@ impl Walker<'_> {
             }
             Plan::Allowed(allowed, share) => {
                 let (_, near) = self.graph.descend(query, 0, pool, budget)?;
-                if self.graph.share_around(near, &allowed, &mut pool.marks).is_none_or(|around| around < share * FEW) {
+                let around = self.graph.share_around(near, &allowed, &mut pool.marks).unwrap_or(0.0);
+                if around < share * FEW || around == 0.0 {
                     pool.clear();
                 } else {
-                    self.graph.walk_allowed(query, near, &allowed, ef, pool, budget)?;
+                    // Paths among the allowed alone are a little worse than those that were calibrated, and the more
+                    // so where the query lies at the edge of what is allowed.
+                    let more = if (0.05..0.9).contains(&around) { 1.25 } else { 1.0 } * (share / around).max(1.0);
+                    self.graph.walk_allowed(query, near, &allowed, (ef as f32 * more) as usize, pool, budget)?;
                 }
             }
             Plan::These(nodes) => {
@@ -367,20 +375,22 @@ impl Walker<'_> {
     }
 
     /// The `k` nearest of the pool's entries by their full vectors, into `scratch.best`. What lies so far behind the
-    /// k-th that rounding can't have put it there is left out.
+    /// k-th that rounding can't have put it there is left out. False if there is no such thing among all `ef`.
     fn rerank(
         &self,
         query: &CodedQuery,
         exact: &Prepared,
-        k: usize,
+        (k, ef): (usize, usize),
         scratch: &mut Scratch,
         budget: &mut Budget,
-    ) -> Result<(), SearchError> {
+    ) -> Result<bool, SearchError> {
         let Scratch { best, pool, .. } = scratch;
         best.clear();
         let entries = pool.entries();
         let limit = entries.get(k.saturating_sub(1)).map_or(u32::MAX, |kth| query.not_beyond(entry_key(*kth)));
-        let entries = &entries[..entries.partition_point(|entry| entry_key(*entry) <= limit)];
+        let near = entries.partition_point(|entry| entry_key(*entry) <= limit);
+        let whole = near < ef || limit == u32::MAX;
+        let entries = &entries[..near];
         entries.iter().take(ASKED).for_each(|entry| self.ask(entry_node(*entry)));
         budget.spend(entries.len() as u64)?;
         for (n, entry) in entries.iter().enumerate() {
@@ -390,7 +400,7 @@ impl Walker<'_> {
             let node = entry_node(*entry);
             keep(best, k, Candidate { distance: exact.distance(self.row(node)), node });
         }
-        Ok(())
+        Ok(whole)
     }
 }
 
@@ -425,7 +435,8 @@ impl Sealed {
         budget: &mut Budget,
     ) -> Result<(), SearchError> {
         let Some(filter) = request.filter else {
-            return walker.nearest(exact, (k, ef), Plan::All, scratch, budget);
+            walker.nearest(exact, (k, ef), Plan::All, scratch, budget)?;
+            return Ok(());
         };
         let bits = filter.bits();
         let allowed = |node: u32| match bits {
@@ -437,25 +448,29 @@ impl Sealed {
         if walk_cost(ef, share) < scan {
             // What is allowed may be scattered far from the query, where a walk is long: no longer than the scan.
             budget.give_up_after(scan as u64);
-            // Paths among the allowed alone are a little worse than those that were calibrated.
-            let more = if share < 0.9 { ef + ef / 4 } else { ef };
-            let walked = walker.nearest(exact, (k, more), Plan::Allowed(&allowed, share), scratch, budget);
+            let walked = walker.nearest(exact, (k, ef), Plan::Allowed(&allowed, share), scratch, budget);
             let gave_up = budget.gave_up();
             budget.go_on();
             match walked {
                 Err(SearchError::WorkLimit) if gave_up => {}
                 Err(error) => return Err(error),
                 // Less than asked for: the walk came to an end before it had met all that is allowed.
-                Ok(()) if scratch.best.len() < k.min(ef) => {}
-                Ok(()) => return Ok(()),
+                Ok(_) if scratch.best.len() < k.min(ef) => {}
+                Ok(_) => return Ok(()),
             }
         }
-        let ef = ef.max(2 * k.min(self.nodes) + 20);
-        let mut these = match bits {
-            Some(bits) => Nodes::Set(bits, 0),
-            None => Nodes::Passing(0..self.nodes as u32, &allowed),
-        };
-        walker.nearest(exact, (k, ef), Plan::These(&mut these), scratch, budget)
+        let mut ef = ef.max(2 * k.min(self.nodes) + 20);
+        loop {
+            let mut these = match bits {
+                Some(bits) => Nodes::Set(bits, 0),
+                None => Nodes::Passing(0..self.nodes as u32, &allowed),
+            };
+            // Where all that is allowed is about equally far, codes don't tell what is nearest: rank more of it.
+            if walker.nearest(exact, (k, ef), Plan::These(&mut these), scratch, budget)? || ef >= self.nodes {
+                return Ok(());
+            }
+            ef = ef.saturating_mul(8);
+        }
     }
 
     /// The hits, into `scratch.best`.

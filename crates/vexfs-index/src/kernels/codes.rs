@@ -1,4 +1,4 @@
-//! One query against many 8-bit codes, with the records asked for ahead of their use.
+//! One query against many 8-bit codes. Whoever knows early which records it will compare asks for them ([`ask`]).
 //!
 //! Codes and queries are padded to multiples of 64 bytes, so that no kernel has a tail. Results are whole numbers:
 //! the sum of squared differences of unsigned bytes (at most 255² × 65,536, which a u32 holds), or the dot product
@@ -8,8 +8,6 @@ use std::sync::OnceLock;
 
 /// Bytes that a record of codes is padded to.
 pub const PAD: usize = 64;
-/// Records asked for ahead of their use.
-pub(super) const AHEAD: usize = 6;
 
 /// Distances of one query to the records `ids` of `data`, each as long as the query, into `out`.
 type Many = unsafe fn(&[u8], &[u8], &[u32], &mut [u32]);
@@ -74,8 +72,9 @@ pub fn best() -> &'static CodeKernels {
     })
 }
 
+/// Asks for record `id` of `len` bytes ahead of its use.
 #[inline(always)]
-pub(super) fn ask(data: &[u8], id: u32, len: usize) {
+pub fn ask(data: &[u8], id: u32, len: usize) {
     let start = id as usize * len;
     // A long record's later lines are fetched by the machine itself.
     for at in (0..len.min(512)).step_by(64) {
@@ -88,15 +87,8 @@ macro_rules! many {
     ($name:ident, $one:ident, $len:path $(, $features:literal)?) => {
         $(#[target_feature(enable = $features)])?
         pub(super) fn $name(query: &[u8], data: &[u8], ids: &[u32], out: &mut [u32]) {
-            use crate::kernels::codes::{AHEAD, ask};
             let len = $len(query.len());
-            for id in ids.iter().take(AHEAD) {
-                ask(data, *id, len);
-            }
-            for (n, (id, out)) in ids.iter().zip(out).enumerate() {
-                if let Some(later) = ids.get(n + AHEAD) {
-                    ask(data, *later, len);
-                }
+            for (id, out) in ids.iter().zip(out) {
                 let start = *id as usize * len;
                 *out = $one(query, &data[start..start + len]);
             }
@@ -114,7 +106,53 @@ fn as_long(len: usize) -> usize {
 mod vnni {
     use std::arch::x86_64::*;
 
-    many!(squares, squares_one, super::as_long, "avx512f,avx512bw,avx512vnni");
+    /// Four records at a time share their sums' last steps.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    pub(super) fn squares(query: &[u8], data: &[u8], ids: &[u32], out: &mut [u32]) {
+        let len = query.len();
+        let record = |id: u32| &data[id as usize * len..][..len];
+        let (fours, rest) = ids.as_chunks::<4>();
+        let (out_fours, out_rest) = out.split_at_mut(ids.len() - rest.len());
+        for (ids, out) in fours.iter().zip(out_fours.as_chunks_mut::<4>().0) {
+            *out = squares_four(query, ids.map(record));
+        }
+        for (id, out) in rest.iter().zip(out_rest) {
+            *out = squares_one(query, record(*id));
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    fn squares_four(query: &[u8], records: [&[u8]; 4]) -> [u32; 4] {
+        let zero = _mm512_setzero_si512();
+        let (mut even, mut odd) = ([zero; 4], [zero; 4]);
+        let query = query.as_chunks::<64>().0;
+        let records = records.map(|record| &record.as_chunks::<64>().0[..query.len()]);
+        for (n, q) in query.iter().enumerate() {
+            // SAFETY: 64 bytes; an unaligned load.
+            let q = unsafe { _mm512_loadu_si512(q.as_ptr().cast()) };
+            for at in 0..4 {
+                // SAFETY: as above.
+                let c = unsafe { _mm512_loadu_si512(records[at][n].as_ptr().cast()) };
+                let apart = _mm512_or_si512(_mm512_subs_epu8(q, c), _mm512_subs_epu8(c, q));
+                let (low, high) = (_mm512_unpacklo_epi8(apart, zero), _mm512_unpackhi_epi8(apart, zero));
+                even[at] = _mm512_dpwssd_epi32(even[at], low, low);
+                odd[at] = _mm512_dpwssd_epi32(odd[at], high, high);
+            }
+        }
+        let [a, b, c, d] = std::array::from_fn(|at| _mm512_add_epi32(even[at], odd[at]));
+        let ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+        let cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+        // In each 128-bit lane a part of all four sums.
+        let all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+        let half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64::<1>(all));
+        let sums = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256::<1>(half));
+        let mut out = [0u32; 4];
+        // SAFETY: room for 16 bytes; an unaligned store.
+        unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), sums) };
+        out
+    }
+
     many!(products, products_one, super::as_long, "avx512f,avx512bw,avx512vnni");
 
     #[inline]
