@@ -90,6 +90,46 @@ class Glass:
         return np.asarray(self.searcher.batch_search(queries, k, threads)[0]).reshape(len(queries), k)
 
 
+class Svs:
+    """In full precision: its LVQ codes run on Intel's processors only."""
+
+    name = "SVS Vamana f32"
+
+    def build(self, base, metric, m, efc, cores):
+        import svs
+
+        kind = svs.DistanceType.L2 if metric == "l2" else svs.DistanceType.MIP
+        alpha = 1.2 if metric == "l2" else 0.95
+        params = svs.VamanaBuildParameters(graph_max_degree=2 * m, window_size=efc, alpha=alpha)
+        self.index = svs.Vamana.build(params, base, kind, num_threads=cores)
+
+    def search(self, queries, k, ef, threads):
+        self.index.num_threads = threads
+        self.index.search_window_size = max(ef, k)
+        return self.index.search(queries, k)[0]
+
+
+class Vsag:
+    """Has no batch call: its rate on one thread holds Python's cost of a call, and it is not asked on several."""
+
+    name = "VSAG HGraph sq8 + fp32"
+    threads = (1,)
+
+    def build(self, base, metric, m, efc, cores):
+        import pyvsag
+
+        params = {"base_quantization_type": "sq8", "max_degree": 2 * m, "ef_construction": efc, "use_reorder": True,
+                  "precise_quantization_type": "fp32", "build_thread_count": cores}
+        self.index = pyvsag.Index("hgraph", json.dumps({
+            "dtype": "float32", "metric_type": "l2" if metric == "l2" else "ip", "dim": base.shape[1],
+            "index_param": params}))
+        self.index.build(vectors=base, ids=np.arange(len(base)), num_elements=len(base), dim=base.shape[1])
+
+    def search(self, queries, k, ef, threads):
+        params = json.dumps({"hgraph": {"ef_search": max(ef, k)}})
+        return [self.index.knn_search(vector=query, k=k, parameters=params)[0] for query in queries]
+
+
 def resident():
     with open("/proc/self/statm") as f:
         return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -113,6 +153,7 @@ def at(curve, target):
 
 
 def vexfs(args, threads, rows):
+    """One run gives both rates: of one query at a time on one thread, and of a batch on all."""
     command = args.vexfs.split() + [
         "--base", args.base, "--queries", args.queries, "--truth", args.truth, "--metric", args.metric, "-k", str(args.k),
         "--m", str(args.m), "--ef-construction", str(args.ef_construction), "--rows", str(rows),
@@ -172,7 +213,7 @@ def main():
     cores = os.cpu_count()
 
     peers, build, size = [], {}, {}
-    for peer in [Hnswlib(), Glass("SQ8U", "FP32"), Glass("FP32", ""), Faiss(), Usearch()]:
+    for peer in [Hnswlib(), Glass("SQ8U", "FP32"), Glass("FP32", ""), Svs(), Vsag(), Faiss(), Usearch()]:
         if args.only and not any(part in peer.name for part in args.only.split(",")):
             continue
         gc.collect()
@@ -190,15 +231,17 @@ def main():
     # For each thread count and name: for each ef (recall, [QPS]).
     measured = {threads: {} for threads in sorted({1, cores})}
     for _ in range(args.rounds):
+        report = vexfs(args, cores, len(base))
+        build.setdefault("vexfs", []).append(report["build_seconds"])
+        size["vexfs"] = report["bytes_per_vector_full"]
         for threads, by_name in measured.items():
-            report = vexfs(args, threads, len(base))
-            if threads == cores:
-                build.setdefault("vexfs", []).append(report["build_seconds"])
-            size["vexfs"] = report["bytes_per_vector_full"]
             points = by_name.setdefault("vexfs", {})
             for ef, run in zip(EFS, report["results"]):
-                points.setdefault(ef, (run["recall"], []))[1].append(run["qps"])
+                rate = run["qps_one_thread"] if threads == 1 else run["qps"]
+                points.setdefault(ef, (run["recall"], []))[1].append(rate)
             for peer in peers:
+                if threads not in getattr(peer, "threads", measured):
+                    continue
                 points = by_name.setdefault(peer.name, {})
                 peer.search(queries[:100], args.k, 50, threads)
                 for ef in EFS:
@@ -219,7 +262,7 @@ def main():
         cells = [name, f"{statistics.median(build[name]):.1f}", f"{size[name]:.0f}"]
         for threads in curves:
             for r in RECALLS:
-                qps = at(curves[threads][name], r)
+                qps = at(curves[threads].get(name, []), r)
                 cells.append("-" if qps is None else f"{qps:,.0f}")
         lines.append("| " + " | ".join(cells) + " |")
     text = "\n".join(lines) + "\n"
@@ -229,4 +272,5 @@ def main():
     svg(args.out + ".svg", curves[1], lines[0].replace("medians", "one thread, medians"))
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,7 @@ if [ ! -x "$venv/bin/python" ]; then
     python3 -m venv "$venv"
     "$venv/bin/pip" install --quiet numpy
     # A library that doesn't install on this machine is left out of the table.
-    for peer in hnswlib faiss-cpu usearch pyglass-portable; do
+    for peer in hnswlib faiss-cpu usearch pyglass-portable scalable-vs pyvsag; do
         "$venv/bin/pip" install --quiet "$peer" || echo "$peer does not install here" >&2
     done
 fi

@@ -7,7 +7,9 @@ use std::time::Instant;
 
 use clap::Args;
 use serde_json::json;
-use vexfs_fs::index::{Effort, Index, Metric, Params, Quantization, Request, Scratch, Sealed, build, region_from};
+use vexfs_fs::index::{
+    Effort, Flat, Index, Metric, Params, Quantization, Region, Request, Scratch, Sealed, Space, build, region_from,
+};
 
 use super::{Rows, read_base, read_queries};
 
@@ -20,9 +22,10 @@ pub struct IndexArgs {
     /// What is searched for.
     #[arg(long)]
     queries: PathBuf,
-    /// int32: for each query the rows of its nearest neighbours, nearest first; at least k columns.
+    /// int32: for each query the rows of its nearest neighbours, nearest first; at least k columns [default: found by
+    /// an exact scan].
     #[arg(long)]
-    truth: PathBuf,
+    truth: Option<PathBuf>,
     /// l2, ip or cosine.
     #[arg(long)]
     metric: Metric,
@@ -69,6 +72,17 @@ fn read_truth(path: &Path, k: usize) -> Result<Vec<Vec<i32>>, String> {
     };
     let all: Vec<i32> = npy.into_vec().map_err(|error| at(&error))?;
     Ok(all.chunks_exact(columns).map(|row| row[..k].to_vec()).collect())
+}
+
+/// What `read_truth` would read.
+fn find_truth(space: &Space, rows: &Region, queries: &[Vec<f32>], k: usize) -> Result<Vec<Vec<i32>>, String> {
+    let flat = Flat::new(*space, rows.clone());
+    let (mut scratch, mut out) = (Scratch::default(), Vec::new());
+    let find = |query: &Vec<f32>| {
+        flat.search(query, &Request::nearest(k), &mut scratch, &mut out).map_err(|error| error.to_string())?;
+        Ok(out.iter().map(|hit| hit.slot.0 as i32).collect())
+    };
+    queries.iter().map(find).collect()
 }
 
 /// One thread asks one query after another; latencies in microseconds, and what was found.
@@ -136,8 +150,12 @@ pub fn index(args: &IndexArgs) -> Result<(), String> {
     let threads = args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from)).max(1);
     let Rows { bytes, space } = read_base(&args.base, args.metric, args.rows)?;
     let points = bytes.len() / space.row_bytes();
-    let truth = read_truth(&args.truth, args.k)?;
     let queries = read_queries(&args.queries, &space)?;
+    let rows = region_from(bytes);
+    let truth = match &args.truth {
+        Some(path) => read_truth(path, args.k)?,
+        None => find_truth(&space, &rows, &queries, args.k)?,
+    };
     if queries.len() != truth.len() {
         return Err(format!("{} queries, truth for {}", queries.len(), truth.len()));
     }
@@ -152,9 +170,10 @@ pub fn index(args: &IndexArgs) -> Result<(), String> {
         ..Params::default()
     };
     let began = Instant::now();
-    let sections = build(&space, &bytes, &params, threads, &AtomicBool::new(false)).ok_or("the build was stopped")?;
+    let sections =
+        build(&space, rows.bytes(), &params, threads, &AtomicBool::new(false)).ok_or("the build was stopped")?;
     let build_seconds = began.elapsed().as_secs_f64();
-    drop(bytes);
+    drop(rows);
     let order = sections.order;
     let index =
         Sealed::open(space, region_from(sections.vectors), region_from(sections.codes), region_from(sections.graph))
@@ -162,7 +181,7 @@ pub fn index(args: &IndexArgs) -> Result<(), String> {
     index.warm();
     let memory = index.memory();
 
-    let mut rows = Vec::new();
+    let mut results = Vec::new();
     let efforts: Vec<Effort> = match args.recall.is_empty() {
         true => args.ef.iter().map(|ef| Effort::Ef(*ef)).collect(),
         false => args.recall.iter().map(|recall| Effort::Recall(*recall)).collect(),
@@ -187,7 +206,7 @@ pub fn index(args: &IndexArgs) -> Result<(), String> {
             Effort::Ef(ef) => ("ef", json!(ef)),
             Effort::Recall(recall) => ("target", json!(recall)),
         };
-        rows.push(json!({
+        results.push(json!({
             kind: asked,
             "recall": one.right as f64 / (n * args.k as f64),
             "qps": batches.get(batches.len() / 2).copied().unwrap_or(alone),
@@ -212,7 +231,7 @@ pub fn index(args: &IndexArgs) -> Result<(), String> {
         "bytes_per_vector_index": memory.index as f64 / points as f64,
         "bytes_per_vector_full": (memory.index + memory.vectors) as f64 / points as f64,
         "peak_rss_bytes": peak_rss(),
-        "results": rows,
+        "results": results,
     });
     if args.json {
         println!("{report}");
@@ -234,7 +253,7 @@ pub fn index(args: &IndexArgs) -> Result<(), String> {
         "effort", "recall", "qps", "one thread", "p50 us", "p99 us", "distances"
     );
     let figure = |row: &serde_json::Value, key: &str| row[key].as_f64().unwrap_or(f64::NAN);
-    for row in &rows {
+    for row in &results {
         println!(
             "{:>6} {:>9.4} {:>10.0} {:>10.0} {:>9.1} {:>9.1} {:>10.0}",
             row["ef"].as_f64().or(row["target"].as_f64()).unwrap_or(f64::NAN),
