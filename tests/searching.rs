@@ -43,6 +43,54 @@ fn similar_is_a_directory_of_ranked_links() {
 }
 
 #[test]
+fn neighbors_are_the_links_that_the_asker_could_open() {
+    let others: &[&str] = if is_root() { &["-o", "allow_other"] } else { &[] };
+    let Some(v) = Volume::new(&[&["--sync", "immediate"], others].concat()) else { return };
+    // Each in a direction of its own, leaning towards a.vec the less the later: none crowds another out of its links.
+    let point = |n: usize, lean: f32| -> Vec<f32> {
+        let mut point = vec![0.0; 6];
+        (point[n], point[5]) = (1.0, lean);
+        point
+    };
+    v.write("a.vec", text(&point(0, 0.5)));
+    v.write("b.vec", text(&point(1, 0.4)));
+    v.write("c.vec", text(&point(2, 0.3)));
+    fs::create_dir(v.path("sub")).unwrap();
+    v.write("sub/rows.npy", npy(&[point(3, 0.2), point(4, 0.1)]));
+    v.write("other.vec", "1,2,3");
+    let list = |dir: &str, name: &str| -> Vec<String> {
+        let entries = fs::read_dir(v.path(dir).join(".vexfs").join(name)).unwrap();
+        let mut names: Vec<_> = entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    };
+    let all = ["01-0.1661-b.vec", "02-0.1285-c.vec", "03-0.0877-rows.npy", "04-0.0445-rows.npy#1"];
+    assert_eq!(list("", "neighbors/a.vec"), all);
+    let link = v.path(".vexfs/neighbors/a.vec").join(all[3]);
+    assert_eq!(fs::read_link(&link).unwrap().to_str(), Some("../../../sub/rows.npy"));
+    assert!(list("sub", "neighbors/rows.npy").is_empty(), "a directory is a scope");
+    fs::hard_link(v.path("a.vec"), v.path("sub/same.vec")).unwrap();
+    assert_eq!(list("sub", "neighbors/rows.npy"), ["01-0.0877-same.vec"]);
+    assert_eq!(list("sub", "neighbors/same.vec"), ["01-0.0877-rows.npy", "02-0.0445-rows.npy#1"]);
+    for absent in ["absent.vec", "a.vec#1", "a.vec?k=1", "sub"] {
+        assert!(fs::read_dir(v.path(".vexfs/neighbors").join(absent)).is_err(), "{absent}");
+    }
+    if !skip(!is_root(), "other users need root") {
+        let mode = |mode| fs::set_permissions(v.path("b.vec"), PermissionsExt::from_mode(mode)).unwrap();
+        let seen = || {
+            let script = ["--reuid=65534", "--regid=65534", "--clear-groups", "ls", ".vexfs/neighbors/a.vec"];
+            let output = Command::new("setpriv").args(script).current_dir(v.mnt()).output().unwrap();
+            String::from_utf8(output.stdout).unwrap()
+        };
+        assert_eq!(seen(), all.map(|name| format!("{name}\n")).concat());
+        mode(0o600);
+        assert_eq!(seen(), "01-0.1285-c.vec\n02-0.0877-rows.npy\n03-0.0445-rows.npy#1\n");
+    }
+    fs::remove_file(v.path("c.vec")).unwrap();
+    assert_eq!(list("", "neighbors/a.vec"), ["01-0.1661-b.vec", "02-0.0877-rows.npy", "03-0.0445-rows.npy#1"]);
+}
+
+#[test]
 fn the_query_file_takes_lines_and_gives_lines() {
     let Some(v) = example() else { return };
     let mut file = fs::File::options().read(true).write(true).open(v.path(".vexfs/query")).unwrap();

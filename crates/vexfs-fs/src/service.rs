@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use vexfs_store::index::Effort;
-use vexfs_store::{Answer, Content, FileId, MAX_K, Query};
+use vexfs_store::{Answer, Content, FileId, Hit, MAX_K, Query, Verdict};
 
 use crate::access::{Access, Caller, Identity};
 use crate::errors::{Failure, name};
@@ -89,10 +89,24 @@ impl Service<'_> {
             exclude,
             deadline: Some(deadline),
         };
+        Ok(self.judged(scope, caller, |verdict| self.ingest.volume.search(&query, verdict))??)
+    }
+
+    /// What the point that `like` names is linked to in its graph, as far as it lies below `scope` and the caller
+    /// may read it.
+    pub fn neighbors(&self, scope: FileId, caller: Caller, like: &str) -> Result<Vec<Hit>, Failure> {
+        self.wait_for_scan(Instant::now() + DEFAULT_TIMEOUT)?;
+        let (file, row) = self.point(scope, caller, like)?;
+        let found = self.judged(scope, caller, |verdict| self.ingest.volume.neighbors(file, row, scope, verdict))?;
+        found.ok_or_else(|| self.no_vector(file, row, like))
+    }
+
+    /// Asks the store with the verdict on each file that the caller's rights and the source give.
+    fn judged<T>(&self, scope: FileId, caller: Caller, ask: impl FnOnce(&mut Verdict<'_>) -> T) -> Result<T, Failure> {
         let mut stale = Vec::new();
         let scope_path = self.ingest.volume.dir_path(scope).unwrap_or_default();
         let identity = self.access.identify(caller)?;
-        let answer = self.ingest.volume.search(&query, &mut |file, path, known| {
+        let answer = ask(&mut |file, path, known| {
             let path = join(&scope_path, path);
             match self.ingest.standing(file, &path, known) {
                 Standing::Current => self.access.may_read(&identity, &path),
@@ -107,7 +121,7 @@ impl Service<'_> {
         for file in stale {
             self.ingest.read_known(file, When::Quiet);
         }
-        Ok(answer?)
+        Ok(answer)
     }
 
     /// The point that `path` or `path#row` names, if the caller may read it.
@@ -142,16 +156,17 @@ impl Service<'_> {
     }
 
     fn vector(&self, file: FileId, row: u32, like: &str) -> Result<Vec<f32>, Failure> {
-        if let Some(vector) = self.ingest.volume.vector(file, row) {
-            return Ok(vector);
-        }
+        self.ingest.volume.vector(file, row).ok_or_else(|| self.no_vector(file, row, like))
+    }
+
+    fn no_vector(&self, file: FileId, row: u32, like: &str) -> Failure {
         let why = match self.ingest.volume.content(file) {
             Some((_, Content::Indexed { rows, .. })) => format!("there is no row {row}: the file has {rows}"),
             Some((_, Content::Refused { reason, .. })) => format!("not indexed: {reason}"),
             Some((_, Content::Unread)) => "not read yet".to_owned(),
             Some((_, Content::Empty)) | None => "holds no vector".to_owned(),
         };
-        Err(Failure::new(Errno::NODATA, format!("like: {like}: {why}")))
+        Failure::new(Errno::NODATA, format!("like: {like}: {why}"))
     }
 
     /// An answer before the first scan is over would leave out what is there.
@@ -175,7 +190,7 @@ pub fn join(base: &[u8], path: &[u8]) -> Vec<u8> {
     }
 }
 
-fn hit_line(hit: vexfs_store::Hit) -> HitLine {
+fn hit_line(hit: Hit) -> HitLine {
     let (path, path_bytes) = match String::from_utf8(hit.path) {
         Ok(path) => (path, None),
         Err(error) => (String::from_utf8_lossy(error.as_bytes()).into_owned(), Some(error.into_bytes())),

@@ -4,6 +4,7 @@
 //! DIR/.vexfs/query                  requests in, answers out (see the module wire)
 //! DIR/.vexfs/stats.json             the state of DIR and below
 //! DIR/.vexfs/similar/NAME[#ROW][?k=20&recall=0.99]/
+//! DIR/.vexfs/neighbors/NAME[#ROW]/
 //! ```
 //!
 //! A node is made by its lookup and goes with its last forget. A listing is what was found when the directory was
@@ -16,7 +17,7 @@ use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock};
 use rustix::io::Errno;
-use vexfs_store::{Content, FileId};
+use vexfs_store::{Content, FileId, Hit};
 
 use crate::access::{Access, Caller};
 use crate::errors::{Failure, name};
@@ -63,6 +64,9 @@ enum What {
     Similar(FileId),
     /// `similar/NAME`, with NAME as it was asked for.
     Ranked(FileId, OsString),
+    Neighbors(FileId),
+    /// `neighbors/NAME`.
+    Linked(FileId, OsString),
     /// A ranked link and its target.
     Hit(OsString),
 }
@@ -181,16 +185,18 @@ impl Views {
             (What::Top(dir), b"query") => What::Query(dir),
             (What::Top(dir), b"stats.json") => What::Stats(dir),
             (What::Top(dir), b"similar") => What::Similar(dir),
-            (What::Similar(dir), _) => {
+            (What::Top(dir), b"neighbors") => What::Neighbors(dir),
+            (above @ (What::Similar(dir) | What::Neighbors(dir)), _) => {
                 let example = Example::parse(asked)?;
                 let (file, _) = self.example_point(caller, dir, &example)?;
-                match self.ingest.volume.content(file) {
-                    Some((_, Content::Indexed { .. })) => What::Ranked(dir, asked.to_owned()),
+                match (self.ingest.volume.content(file), above) {
+                    (Some((_, Content::Indexed { .. })), What::Similar(_)) => What::Ranked(dir, asked.to_owned()),
+                    (Some((_, Content::Indexed { .. })), _) => What::Linked(dir, asked.to_owned()),
                     _ => return Err(Errno::NODATA),
                 }
             }
-            (What::Ranked(dir, example), _) => {
-                let found = self.rank(caller, dir, &example)?.into_iter().find(|(name, _)| name == asked);
+            (above @ (What::Ranked(..) | What::Linked(..)), _) => {
+                let found = self.ranked(caller, &above)?.into_iter().find(|(name, _)| name == asked);
                 What::Hit(found.ok_or(Errno::NOENT)?.1)
             }
             _ => return Err(Errno::NOENT),
@@ -204,8 +210,40 @@ impl Views {
         self.service().point(dir, caller, like).map_err(|failure| failure.errno)
     }
 
-    /// Ranked names and their targets.
-    fn rank(&self, caller: Caller, dir: FileId, asked: &OsStr) -> Result<Vec<(OsString, OsString)>, Errno> {
+    /// Ranked names and their targets, of a directory of such.
+    fn ranked(&self, caller: Caller, what: &What) -> Result<Vec<(OsString, OsString)>, Errno> {
+        let hits = match what {
+            What::Ranked(dir, asked) => self.similar(caller, *dir, asked),
+            What::Linked(dir, asked) => self.linked(caller, *dir, asked),
+            _ => Err(Errno::NOTDIR),
+        }?;
+        let digits = hits.len().to_string().len().max(2);
+        let ranked = hits.into_iter().enumerate().map(|(rank, hit)| {
+            let file = hit.path.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
+            let mut name = format!("{:0digits$}-{:.4}-", rank + 1, hit.score).into_bytes();
+            let row = if hit.row > 0 { format!("#{}", hit.row) } else { String::new() };
+            // A name has 255 bytes; the link still leads to the file.
+            let room = 255usize.saturating_sub(name.len() + row.len());
+            name.extend_from_slice(&file[..file.len().min(room)]);
+            name.extend_from_slice(row.as_bytes());
+            (OsString::from_vec(name), OsString::from_vec(join(b"../../..", &hit.path)))
+        });
+        Ok(ranked.collect())
+    }
+
+    fn linked(&self, caller: Caller, dir: FileId, asked: &OsStr) -> Result<Vec<Hit>, Errno> {
+        let example = Example::parse(asked)?;
+        if example.k.is_some() || example.ef.is_some() || example.recall.is_some() || example.exact {
+            return Err(Errno::INVAL);
+        }
+        let like = example.like.to_str().ok_or(Errno::ILSEQ)?;
+        self.service().neighbors(dir, caller, like).map_err(|failure| {
+            log::debug!("neighbors/{}: {}", asked.display(), failure.message);
+            failure.errno
+        })
+    }
+
+    fn similar(&self, caller: Caller, dir: FileId, asked: &OsStr) -> Result<Vec<Hit>, Errno> {
         let example = Example::parse(asked)?;
         let request = Request {
             like: Some(example.like.to_str().ok_or(Errno::ILSEQ)?.to_owned()),
@@ -219,18 +257,7 @@ impl Views {
             log::debug!("similar/{}: {}", asked.display(), failure.message);
             failure.errno
         })?;
-        let digits = answer.hits.len().to_string().len().max(2);
-        let ranked = answer.hits.into_iter().enumerate().map(|(rank, hit)| {
-            let file = hit.path.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
-            let mut name = format!("{:0digits$}-{:.4}-", rank + 1, hit.score).into_bytes();
-            let row = if hit.row > 0 { format!("#{}", hit.row) } else { String::new() };
-            // A name has 255 bytes; the link still leads to the file.
-            let room = 255usize.saturating_sub(name.len() + row.len());
-            name.extend_from_slice(&file[..file.len().min(room)]);
-            name.extend_from_slice(row.as_bytes());
-            (OsString::from_vec(name), OsString::from_vec(join(b"../../..", &hit.path)))
-        });
-        Ok(ranked.collect())
+        Ok(answer.hits)
     }
 
     /// Attributes of a node.
@@ -246,11 +273,12 @@ impl Views {
                 listed("query", What::Query(dir)),
                 listed("stats.json", What::Stats(dir)),
                 listed("similar", What::Similar(dir)),
+                listed("neighbors", What::Neighbors(dir)),
             ]),
             // Every vector file of the directory could be asked for; naming them all would be a listing of it.
-            What::Similar(_) => Ok(Vec::new()),
-            What::Ranked(dir, asked) => {
-                let ranked = self.rank(caller, dir, &asked)?.into_iter();
+            What::Similar(_) | What::Neighbors(_) => Ok(Vec::new()),
+            what @ (What::Ranked(..) | What::Linked(..)) => {
+                let ranked = self.ranked(caller, &what)?.into_iter();
                 Ok(ranked.map(|(name, target)| Listed { name, what: What::Hit(target) }).collect())
             }
             What::Query(_) | What::Stats(_) | What::Hit(_) => Err(Errno::NOTDIR),
@@ -413,7 +441,9 @@ pub const STATUS: &str = "user.vexfs.status";
 
 fn attr_of(id: u64, what: &What) -> VirtualAttr {
     let (kind, mode, size) = match what {
-        What::Top(_) | What::Similar(_) | What::Ranked(..) => (Kind::Dir, 0o555, 0),
+        What::Top(_) | What::Similar(_) | What::Neighbors(_) | What::Ranked(..) | What::Linked(..) => {
+            (Kind::Dir, 0o555, 0)
+        }
         What::Query(_) => (Kind::File, 0o666, 0),
         What::Stats(_) => (Kind::File, 0o444, 0),
         What::Hit(target) => (Kind::Link, 0o777, target.len() as u64),

@@ -6,6 +6,7 @@
 
 mod build;
 mod codes;
+mod explore;
 mod flat;
 mod graph;
 mod hnsw;
@@ -21,6 +22,7 @@ mod tests;
 use std::sync::Arc;
 
 pub use build::{Sections, build};
+pub use explore::{Connectivity, Explorer, LayerReport};
 pub use flat::Flat;
 pub use mutable::Mutable;
 pub use request::{Effort, Filter, Neighbor, Request, Scratch, SearchError, Stats};

@@ -90,6 +90,12 @@ impl Mutable {
         self.len().saturating_sub(self.linked.load(Ordering::Acquire))
     }
 
+    /// The highest layer of a node that is in the graph; `None` of one that isn't.
+    pub(crate) fn linked_level(&self, node: u32) -> Option<usize> {
+        let linked = self.nodes.get(node as usize).is_some_and(|known| known.linked.load(Ordering::Acquire));
+        linked.then(|| level(self.params.seed, node, self.params.m))
+    }
+
     fn distance(&self, query: &Prepared, node: u32) -> f32 {
         // A node that is just being pushed by another thread is as far as can be.
         self.nodes.get(node as usize).map_or(f32::INFINITY, |node| query.distance(&node.row))

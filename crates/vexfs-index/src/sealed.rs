@@ -174,7 +174,7 @@ impl Sealed {
     }
 
     /// Candidates to keep; `None`: only an exact scan will do.
-    fn ef(&self, request: &Request<'_>) -> Option<usize> {
+    pub(crate) fn ef(&self, request: &Request<'_>) -> Option<usize> {
         // A range has no k: how far a walk goes on is seen as it goes.
         let k = if request.max_distance.is_some() { request.k.min(CALIBRATED_K) } else { request.k };
         let ef = match request.effort {
@@ -202,7 +202,7 @@ impl Sealed {
         })
     }
 
-    fn walker<'a>(&'a self, graph: &'a Graph) -> Walker<'a> {
+    pub(crate) fn walker<'a>(&'a self, graph: &'a Graph) -> Walker<'a> {
         Walker {
             space: &self.space,
             graph,
@@ -211,18 +211,6 @@ impl Sealed {
             rows: self.vectors.bytes(),
             order: None,
         }
-    }
-
-    /// The nodes that an unfiltered search with this request meets, in that order, upper layers left out: its path.
-    /// Empty where every search is an exact scan.
-    pub fn path(&self, query: &[f32], request: &Request<'_>, scratch: &mut Scratch) -> Result<Vec<Slot>, SearchError> {
-        let (Some(graph), Some(ef), false) = (&self.graph, self.ef(request), request.exact) else {
-            return Ok(Vec::new());
-        };
-        let exact = Prepared::new(&self.space, query);
-        let mut budget = Budget::new(request);
-        self.walker(graph).nearest(&exact, (request.k, ef), Plan::All, scratch, &mut budget)?;
-        Ok(scratch.pool.marks.met().iter().map(|node| Slot(*node)).collect())
     }
 }
 

@@ -11,6 +11,7 @@ mod error;
 mod id;
 mod maintain;
 mod names;
+mod neighbors;
 mod part;
 mod put;
 mod report;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
-use vexfs_index::{Filter, Flat, Index, Mutable, Slot};
+use vexfs_index::{Explorer, Filter, Flat, Index, Mutable, Slot};
 
 use crate::id::{FileId, Generation};
 use crate::segment::Segment;
@@ -142,6 +142,15 @@ impl Part {
             Store::Head(head) => &head.index,
             Store::Flat { index, .. } => index,
             Store::Sealed { segment, .. } => &segment.index,
+        }
+    }
+
+    /// The graph to look at, if it has one.
+    pub fn explore(&self) -> Option<Explorer<'_>> {
+        match &self.store {
+            Store::Head(head) => Some(head.index.explore()),
+            Store::Flat { .. } => None,
+            Store::Sealed { segment, .. } => Some(segment.index.explore()),
         }
     }
 

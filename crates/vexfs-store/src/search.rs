@@ -65,10 +65,11 @@ pub struct Answer {
 /// caller's to read?
 pub type Verdict<'a> = dyn FnMut(FileId, &[u8], &Fingerprint) -> bool + 'a;
 
-struct Candidate {
-    file: FileId,
-    row: u32,
-    distance: f32,
+/// A row that may become a hit.
+pub(crate) struct Candidate {
+    pub file: FileId,
+    pub row: u32,
+    pub distance: f32,
 }
 
 impl Volume {
@@ -109,7 +110,7 @@ impl Volume {
     }
 }
 
-fn hit(candidate: &Candidate, path: Vec<u8>, metric: Metric) -> Hit {
+pub(crate) fn hit(candidate: &Candidate, path: Vec<u8>, metric: Metric) -> Hit {
     let raw = candidate.distance;
     let (distance, score) = match metric {
         Metric::L2 => {
@@ -245,7 +246,7 @@ impl Inner {
     }
 
     /// The first path of the file below the scope that `verdict` lets pass.
-    fn permitted_path(&self, file: FileId, scope: FileId, verdict: &mut Verdict<'_>) -> Option<Vec<u8>> {
+    pub(crate) fn permitted_path(&self, file: FileId, scope: FileId, verdict: &mut Verdict<'_>) -> Option<Vec<u8>> {
         let (paths, fingerprint) = {
             let tree = self.tree.read();
             (tree.paths(file, scope), tree.file(file)?.fingerprint)

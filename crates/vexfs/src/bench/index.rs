@@ -57,6 +57,9 @@ pub struct IndexArgs {
     /// `qps_one_thread` are of one query at a time.
     #[arg(long)]
     threads: Option<usize>,
+    /// What the built graph is like: nodes, links, components and degrees of each layer, and what can't be reached.
+    #[arg(long)]
+    graph: bool,
     /// As JSON.
     #[arg(long)]
     json: bool,
@@ -216,6 +219,7 @@ pub fn index(args: &IndexArgs) -> Result<(), String> {
             "distances": one.distances as f64 / n,
         }));
     }
+    let graph = args.graph.then(|| index.explore().connectivity());
     let report = json!({
         "points": points,
         "dimension": space.dim(),
@@ -232,6 +236,7 @@ pub fn index(args: &IndexArgs) -> Result<(), String> {
         "bytes_per_vector_full": (memory.index + memory.vectors) as f64 / points as f64,
         "peak_rss_bytes": peak_rss(),
         "results": results,
+        "graph": graph.as_ref().map(super::graph::json),
     });
     if args.json {
         println!("{report}");
@@ -264,6 +269,9 @@ pub fn index(args: &IndexArgs) -> Result<(), String> {
             figure(row, "p99_us"),
             figure(row, "distances")
         );
+    }
+    if let Some(graph) = &graph {
+        super::graph::print(graph);
     }
     Ok(())
 }
