@@ -6,7 +6,6 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use crate::graph::Graph;
 use crate::hnsw::{Growing, Walk};
 use crate::kernels::{Prepared, between};
 use crate::request::Budget;
@@ -16,51 +15,67 @@ use crate::{Index, Mutable, Neighbor, Request, Scratch, Sealed, SearchError, Slo
 #[cfg(test)]
 mod tests;
 
-/// What there is to look at.
+/// What there is to look at, by slots.
 trait Linked {
+    /// Slots given out.
+    fn slots(&self) -> usize;
     /// Where walks begin, and in which layer.
     fn entry(&self) -> Option<(u32, usize)>;
-    /// The highest layer of a node; `None` where it is in none.
-    fn top(&self, node: u32) -> Option<usize>;
-    /// Replaces `out` by what a node's list in a layer holds.
-    fn links(&self, node: u32, layer: usize, out: &mut Vec<u32>);
+    /// The highest layer of a point; `None` where it is in none.
+    fn top(&self, slot: u32) -> Option<usize>;
+    /// Replaces `out` by what a point's list in a layer holds.
+    fn links(&self, slot: u32, layer: usize, out: &mut Vec<u32>);
+    /// Full-precision distance of two points that are in the graph.
+    fn between(&self, one: u32, other: u32) -> f32;
 }
 
-impl Linked for Graph {
+impl Linked for Sealed {
+    fn slots(&self) -> usize {
+        self.len()
+    }
+
     fn entry(&self) -> Option<(u32, usize)> {
-        Some((0, self.counts.len().checked_sub(1)?))
+        Some((0, self.graph.as_ref()?.counts.len().checked_sub(1)?))
     }
 
-    fn top(&self, node: u32) -> Option<usize> {
-        self.counts.iter().rposition(|count| (node as usize) < *count)
+    fn top(&self, slot: u32) -> Option<usize> {
+        self.graph.as_ref()?.counts.iter().rposition(|count| (slot as usize) < *count)
     }
 
-    fn links(&self, node: u32, layer: usize, out: &mut Vec<u32>) {
+    fn links(&self, slot: u32, layer: usize, out: &mut Vec<u32>) {
         out.clear();
-        out.extend(Graph::links(self, layer, node));
+        out.extend(self.graph.iter().flat_map(|graph| graph.links(layer, slot)));
+    }
+
+    fn between(&self, one: u32, other: u32) -> f32 {
+        between(self.space(), self.row(Slot(one)), self.row(Slot(other)))
     }
 }
 
 impl Linked for Mutable {
+    fn slots(&self) -> usize {
+        self.len()
+    }
+
     fn entry(&self) -> Option<(u32, usize)> {
         Growing::entry(self).get()
     }
 
-    fn top(&self, node: u32) -> Option<usize> {
-        self.linked_level(node)
+    fn top(&self, slot: u32) -> Option<usize> {
+        self.linked_level(slot)
     }
 
-    fn links(&self, node: u32, layer: usize, out: &mut Vec<u32>) {
-        self.neighbours(node, layer, out);
+    fn links(&self, slot: u32, layer: usize, out: &mut Vec<u32>) {
+        self.neighbours(slot, layer, out);
+    }
+
+    fn between(&self, one: u32, other: u32) -> f32 {
+        Growing::between(self, one, other)
     }
 }
 
 /// A graph to look at; see the module.
-pub struct Explorer<'a> {
-    index: &'a dyn Index,
-    /// `None` where there is no graph.
-    graph: Option<&'a dyn Linked>,
-}
+pub struct Explorer<'a>(&'a dyn Linked);
 
 /// What a graph is like.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -100,7 +115,7 @@ const EXAMPLES: usize = 16;
 impl Sealed {
     /// To look at the graph.
     pub fn explore(&self) -> Explorer<'_> {
-        Explorer { index: self, graph: self.graph.as_ref().map(|graph| graph as &dyn Linked) }
+        Explorer(self)
     }
 
     /// The nodes that an unfiltered search with this request meets in layer 0, in that order: its path. Empty where
@@ -119,25 +134,25 @@ impl Sealed {
 impl Mutable {
     /// To look at the graph.
     pub fn explore(&self) -> Explorer<'_> {
-        Explorer { index: self, graph: Some(self) }
+        Explorer(self)
     }
 }
 
 impl Explorer<'_> {
     /// Where walks begin, and in which layer; `None` without a graph.
     pub fn entry(&self) -> Option<(Slot, usize)> {
-        self.graph?.entry().map(|(node, layer)| (Slot(node), layer))
+        self.0.entry().map(|(node, layer)| (Slot(node), layer))
     }
 
     /// The highest layer that a point is in; `None` where it is in no graph (yet).
     pub fn top(&self, slot: Slot) -> Option<usize> {
-        self.graph?.top(slot.0).filter(|_| (slot.0 as usize) < self.index.len())
+        self.0.top(slot.0)
     }
 
     /// How many points are in each layer, from layer 0 up.
     pub fn layers(&self) -> Vec<usize> {
         let mut counts = Vec::new();
-        for top in (0..self.index.len() as u32).filter_map(|node| self.top(Slot(node))) {
+        for top in (0..self.0.slots() as u32).filter_map(|node| self.top(Slot(node))) {
             counts.resize(counts.len().max(top + 1), 0);
             counts[..=top].iter_mut().for_each(|count| *count += 1);
         }
@@ -148,10 +163,8 @@ impl Explorer<'_> {
     pub fn neighbours(&self, slot: Slot, layer: usize) -> Vec<Neighbor> {
         let mut links = Vec::new();
         self.links(slot.0, layer, &mut links);
-        let row = |node: u32| self.index.row(Slot(node));
-        let distance = |node: u32| between(self.index.space(), row(slot.0), row(node));
-        let mut near: Vec<Neighbor> =
-            links.iter().map(|node| Neighbor { slot: Slot(*node), distance: distance(*node) }).collect();
+        let neighbour = |other: &u32| Neighbor { slot: Slot(*other), distance: self.0.between(slot.0, *other) };
+        let mut near: Vec<Neighbor> = links.iter().map(neighbour).collect();
         near.sort_by(|a, b| a.distance.total_cmp(&b.distance).then(a.slot.cmp(&b.slot)));
         near
     }
@@ -185,7 +198,7 @@ impl Explorer<'_> {
         let counts = self.layers();
         let mut report = Connectivity::default();
         // What a walk has come to in the layers above, from which it goes on below.
-        let mut reached = vec![false; self.index.len()];
+        let mut reached = vec![false; self.0.slots()];
         for (layer, nodes) in counts.iter().enumerate().rev() {
             report.layers.push(self.layer_report(layer, *nodes, &mut reached));
         }
@@ -202,13 +215,11 @@ impl Explorer<'_> {
         let mut report = LayerReport { nodes, ..LayerReport::default() };
         let mut sets = Sets::new(all);
         let (mut incoming, mut outgoing) = (vec![0usize; all], BTreeMap::new());
-        let (mut links, mut raw) = (Vec::new(), Vec::new());
+        let mut links = Vec::new();
         let in_layer = |node: u32| self.top(Slot(node)).is_some_and(|top| top >= layer);
         let members = || (0..all as u32).filter(|node| in_layer(*node));
         for node in members() {
-            self.raw_links(node, layer, &mut raw);
-            self.links(node, layer, &mut links);
-            report.broken += raw.len() - links.len();
+            report.broken += self.links(node, layer, &mut links);
             report.links += links.len();
             *outgoing.entry(links.len()).or_insert(0) += 1;
             for other in &links {
@@ -254,19 +265,14 @@ impl Explorer<'_> {
         }
     }
 
-    fn raw_links(&self, node: u32, layer: usize, out: &mut Vec<u32>) {
-        match self.graph {
-            Some(graph) => graph.links(node, layer, out),
-            None => out.clear(),
-        }
-    }
-
-    /// Links to other nodes of the layer, each once.
-    fn links(&self, node: u32, layer: usize, out: &mut Vec<u32>) {
-        self.raw_links(node, layer, out);
+    /// Links to other nodes of the layer, each once; returns how many others the list had.
+    fn links(&self, node: u32, layer: usize, out: &mut Vec<u32>) -> usize {
+        self.0.links(node, layer, out);
+        let all = out.len();
         out.sort_unstable();
         out.dedup();
-        out.retain(|other| *other != node && self.top(Slot(*other)).is_some_and(|top| top >= layer));
+        out.retain(|other| *other != node && self.0.top(*other).is_some_and(|top| top >= layer));
+        all - out.len()
     }
 }
 

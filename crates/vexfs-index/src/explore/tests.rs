@@ -1,6 +1,7 @@
 use std::sync::atomic::AtomicBool;
 
 use super::*;
+use crate::graph::Graph;
 use crate::{Element, Metric, Params, Space, build, region, region_from};
 
 fn rows(space: &Space, n: usize) -> Vec<u8> {
@@ -95,7 +96,7 @@ fn what_is_not_linked_is_in_no_layer() {
 
 #[test]
 fn a_point_that_lost_its_links_is_named() {
-    let whole = sealed(1_500);
+    let mut whole = sealed(1_500);
     let graph = whole.graph.as_ref().unwrap();
     let counts = &graph.counts;
     // A graph of the same layers with what leads to node 1,400 taken away, and one link to nowhere.
@@ -109,7 +110,8 @@ fn a_point_that_lost_its_links_is_named() {
         }
     }
     damaged.list(0, 1_400)[0].store(1_000_000, std::sync::atomic::Ordering::Relaxed);
-    let report = check(&Explorer { index: &whole, graph: Some(&damaged) });
+    whole.graph = Some(damaged);
+    let report = check(&whole.explore());
     assert_eq!((report.unreachable, &report.examples[..]), (1, &[Slot(1_400)][..]));
     assert_eq!(report.layers[0].broken, 1);
     assert_eq!(report.layers[0].incoming[0], (0, 1));
