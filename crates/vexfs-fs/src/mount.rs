@@ -140,6 +140,11 @@ pub fn mount(options: &MountOptions) -> Result<Mounted, MountError> {
         sync: options.sync,
         root_inode: files_root.inode(),
         threads: std::thread::available_parallelism().map_or(1, usize::from),
+        boot: boot_id(),
+        sync_source: Some({
+            let source = Arc::clone(&files_root);
+            Arc::new(move || Ok(rustix::fs::syncfs(source.root())?))
+        }),
     };
     let (volume, recovery) =
         Volume::open(Arc::new(DirDisk::new(state_fd)), store).map_err(|why| error(state.display(), why))?;
@@ -176,6 +181,17 @@ pub fn mount(options: &MountOptions) -> Result<Mounted, MountError> {
             .map_err(|why| error("thread", why))?
     };
     Ok(Mounted { mountpoint, device, volume, stop, walker, server })
+}
+
+/// Which boot of the machine this is; where it can't be told, each mount counts as one.
+fn boot_id() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map_or_else(
+        |why| {
+            log::warn!("the boot's identity can't be read ({why}): files are read again as after a power cut");
+            format!("{:?}", std::time::SystemTime::now())
+        },
+        |id| id.trim().to_owned(),
+    )
 }
 
 /// A source that is stacked itself takes one of the two layers that the kernel allows.

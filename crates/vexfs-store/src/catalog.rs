@@ -106,11 +106,23 @@ pub struct Meta {
     pub scanned: bool,
 }
 
+/// How far the source's bytes are known to be durable. Readings may reach the disk before the bytes that they were read
+/// from: what the source lost in a power cut must be read again.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SourceMark {
+    /// The machine's boot in which the catalog was last written; in another one power may have been lost.
+    pub boot: String,
+    /// Readings up to this generation are of bytes that are durable.
+    pub synced: u64,
+}
+
 /// All rows, as read at open.
 #[derive(Default)]
 pub struct Rows {
     /// Volume facts.
     pub meta: Meta,
+    /// `None` in a catalog that was never told.
+    pub source: Option<SourceMark>,
     /// By file.
     pub files: Vec<(FileId, FileRow)>,
     /// By directory: its only link.
@@ -126,6 +138,8 @@ pub struct Rows {
 pub struct Changes {
     /// Always written.
     pub meta: Meta,
+    /// Always written.
+    pub source: SourceMark,
     /// Changed files.
     pub files: Vec<(FileId, Option<FileRow>)>,
     /// Changed directories.
@@ -175,8 +189,12 @@ impl Catalog {
     fn read(&mut self) -> Result<Rows, redb::Error> {
         let mut rows = Rows::default();
         let transaction = self.database()?.begin_read()?;
-        if let Some(value) = transaction.open_table(META)?.get("volume")? {
+        let meta = transaction.open_table(META)?;
+        if let Some(value) = meta.get("volume")? {
             rows.meta = decode(value.value())?;
+        }
+        if let Some(value) = meta.get("source")? {
+            rows.source = Some(decode(value.value())?);
         }
         for entry in transaction.open_table(FILES)?.iter()? {
             let (key, value) = entry?;
@@ -221,6 +239,7 @@ impl Catalog {
             let mut segments = transaction.open_table(SEGMENTS)?;
             if let Some(changes) = changes {
                 meta.insert("volume", encode(&changes.meta)?.as_slice())?;
+                meta.insert("source", encode(&changes.source)?.as_slice())?;
                 for (id, row) in &changes.files {
                     match row {
                         Some(row) => drop(files.insert(id.0, encode(row)?.as_slice())?),

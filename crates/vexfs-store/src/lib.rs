@@ -31,4 +31,4 @@ pub use report::{CollectionReport, FileCounts, FileError, Report};
 pub use schema::{Config, Schema};
 pub use search::{Answer, Hit, MAX_K, Query, Verdict};
 pub use vexfs_index as index;
-pub use volume::{FORMAT_VERSION, Options, Recovery, SyncMode, Volume};
+pub use volume::{FORMAT_VERSION, Options, Recovery, SyncMode, SyncSource, Volume};

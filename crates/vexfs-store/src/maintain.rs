@@ -7,7 +7,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::{Builder, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vexfs_index::{Index, Scratch, Slot};
 
@@ -20,6 +20,9 @@ use crate::volume::Inner;
 
 /// How long a closed file may stay out of the catalog on disk.
 const COMMIT_EVERY: Duration = Duration::from_secs(2);
+/// How often the source is made durable so that less is read again after a power cut. The kernel itself writes what is
+/// older than 30 s.
+const SYNC_SOURCE_EVERY: Duration = Duration::from_secs(30);
 /// How long work may lie when nobody woke the threads.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// Segments of one size class that are merged into one.
@@ -50,8 +53,13 @@ fn wait(inner: &Inner, most: Duration) {
 }
 
 fn commit_loop(inner: &Inner) {
+    let mut synced = Instant::now();
     while !stopping(inner) {
         std::thread::park_timeout(COMMIT_EVERY);
+        if !stopping(inner) && synced.elapsed() >= SYNC_SOURCE_EVERY {
+            inner.sync_source();
+            synced = Instant::now();
+        }
         if let Err(error) = inner.commit() {
             log::error!("{error}; the changes stay in memory and are tried again");
         }
@@ -107,7 +115,8 @@ fn freeze_full_head(inner: &Inner, collection: &Collection) {
     }
 }
 
-fn freeze(inner: &Inner, collection: &Collection) {
+/// The head, whatever its size, makes room for a new one.
+pub(crate) fn freeze(inner: &Inner, collection: &Collection) {
     let Some(schema) = collection.schema.load_full() else { return };
     let _appending = collection.append.lock();
     let _writer = inner.writer.lock();
@@ -148,7 +157,7 @@ fn choose(parts: &[Arc<Part>]) -> Vec<Arc<Part>> {
 }
 
 /// Makes one durable segment of the live rows of `inputs` and puts it in their place. False if it was stopped.
-fn rewrite(inner: &Inner, collection: &Collection, inputs: &[Arc<Part>]) -> io::Result<bool> {
+pub(crate) fn rewrite(inner: &Inner, collection: &Collection, inputs: &[Arc<Part>]) -> io::Result<bool> {
     let Some(schema) = collection.schema.load_full() else { return Ok(false) };
     let mut rows = Vec::new();
     let mut readings: Vec<Arc<Reading>> = Vec::new();

@@ -108,7 +108,9 @@ pub fn write(disk: &dyn Disk, id: SegmentId, content: &Content<'_>) -> io::Resul
     let temporary = format!("{path}.tmp");
     let result = write_to(disk, &temporary, id, content)
         .and_then(|()| disk.rename(&temporary, &path))
-        .and_then(|()| disk.sync_dir("segments"));
+        .and_then(|()| disk.sync_dir("segments"))
+        // The folder's own name: it may have been made just now.
+        .and_then(|()| disk.sync_dir(""));
     if result.is_err() {
         // Best effort: an orphan is removed by the next open.
         for name in [&temporary, &path] {

@@ -12,7 +12,7 @@ use parking_lot::{Condvar, Mutex, RwLock};
 use serde::{Deserialize, Serialize};
 use vexfs_index::Scratch;
 
-use crate::catalog::{Catalog, Changes, CollectionRow, Content, Meta, Rows};
+use crate::catalog::{Catalog, Changes, CollectionRow, Content, FileRow, Meta, Rows, SourceMark};
 use crate::collection::Collection;
 use crate::disk::{Disk, read_small, write_small};
 use crate::error::{CommitError, OpenError};
@@ -37,8 +37,11 @@ pub enum SyncMode {
     Lazy,
 }
 
+/// Makes all bytes of the source durable.
+pub type SyncSource = Arc<dyn Fn() -> std::io::Result<()> + Send + Sync>;
+
 /// How a volume is opened.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Options {
     /// See [`SyncMode`].
     pub sync: SyncMode,
@@ -46,6 +49,10 @@ pub struct Options {
     pub root_inode: u64,
     /// Cores that building a segment may use.
     pub threads: usize,
+    /// Which boot of the machine this is: in another one than the last, power may have been lost.
+    pub boot: String,
+    /// So that fewer files must be read again after a power cut; without it all since the volume was made.
+    pub sync_source: Option<SyncSource>,
 }
 
 /// What `volume.toml` holds.
@@ -57,6 +64,7 @@ struct VolumeFile {
 
 pub(crate) struct Writer {
     pub(crate) meta: Meta,
+    pub(crate) source: SourceMark,
     pub(crate) dirty_collections: BTreeSet<CollectionId>,
     /// Manifest rows to write.
     pub(crate) dirty_segments: BTreeMap<SegmentId, Option<CollectionId>>,
@@ -109,6 +117,14 @@ pub struct Recovery {
 impl Volume {
     /// Opens or makes the volume whose state directory is `disk`.
     pub fn open(disk: Arc<dyn Disk>, options: Options) -> Result<(Volume, Recovery), OpenError> {
+        let (mut volume, recovery) = Volume::open_still(disk, options)?;
+        volume.threads =
+            maintain::start(&volume.inner).map_err(|source| OpenError::Io { what: "threads".to_owned(), source })?;
+        Ok((volume, recovery))
+    }
+
+    /// As [`Volume::open`], without the threads: nothing is linked, sealed or committed but by who asks for it.
+    pub(crate) fn open_still(disk: Arc<dyn Disk>, options: Options) -> Result<(Volume, Recovery), OpenError> {
         let io = |what: &str| {
             let what = what.to_owned();
             move |source| OpenError::Io { what, source }
@@ -120,8 +136,7 @@ impl Volume {
         let (catalog, rows) = Catalog::open(&*disk)?;
         let mut recovery = Recovery::default();
         let inner = Arc::new(load(disk, options, uuid, catalog, rows, &mut recovery)?);
-        let threads = maintain::start(&inner).map_err(|source| OpenError::Io { what: "threads".to_owned(), source })?;
-        Ok((Volume { inner, threads }, recovery))
+        Ok((Volume { inner, threads: Vec::new() }, recovery))
     }
 
     /// Makes all that happened so far durable. Many callers share one transaction.
@@ -148,6 +163,7 @@ impl Volume {
     pub fn close(mut self) -> Result<(), CommitError> {
         self.stop_threads();
         maintain::seal_for_close(&self.inner);
+        self.inner.sync_source();
         self.inner.commit()
     }
 
@@ -220,6 +236,11 @@ fn load(
         rows.meta.scanned = false;
     }
     rows.meta.root_inode = options.root_inode;
+    let mut source = rows.source.take().unwrap_or_default();
+    if !source.boot.is_empty() && source.boot != options.boot {
+        distrust(&mut rows.files, source.synced, &mut tree.dirty_files);
+    }
+    source.boot.clone_from(&options.boot);
     let known: BTreeSet<String> =
         rows.segments.iter().filter_map(|(id, _)| id.path().strip_prefix("segments/").map(str::to_owned)).collect();
     let orphans = disk.list("segments").map_err(|source| OpenError::Io { what: "segments".to_owned(), source })?;
@@ -289,7 +310,7 @@ fn load(
         collections: RwLock::new(collections),
         roots: RwLock::new(roots),
         readings: Mutex::new(readings),
-        writer: Mutex::new(Writer { meta: rows.meta, dirty_collections, dirty_segments, changes: 1 }),
+        writer: Mutex::new(Writer { meta: rows.meta, source, dirty_collections, dirty_segments, changes: 1 }),
         version: AtomicU64::new(1),
         exchange: AtomicU64::new(0),
         catalog: Mutex::new(catalog),
@@ -300,6 +321,22 @@ fn load(
         wake: (Mutex::new(false), Condvar::new()),
         scanned_files: AtomicU64::new(0),
     })
+}
+
+/// After a power cut the bytes of a file may be older than its times tell: what was read of bytes that were not known to
+/// be durable is to be read again.
+fn distrust(files: &mut [(FileId, FileRow)], synced: u64, dirty: &mut BTreeSet<FileId>) {
+    for (id, row) in files {
+        let durable = match row.content {
+            Content::Indexed { generation, .. } => generation.0 <= synced,
+            Content::Unread => true,
+            Content::Empty | Content::Refused { .. } => false,
+        };
+        if !durable {
+            row.content = Content::Unread;
+            dirty.insert(*id);
+        }
+    }
 }
 
 /// The schema of a row that has its shape.
@@ -371,6 +408,32 @@ impl Inner {
         }
     }
 
+    /// Makes the source's bytes durable, if something was read that may not be, and notes it for the next commit.
+    pub(crate) fn sync_source(&self) {
+        let Some(sync) = &self.options.sync_source else { return };
+        let read = {
+            let writer = self.writer.lock();
+            if writer.source.synced >= writer.meta.next_generation {
+                return;
+            }
+            writer.meta.next_generation
+        };
+        match sync() {
+            Ok(()) => {
+                let mut writer = self.writer.lock();
+                writer.source.synced = read;
+                self.changed(&mut writer);
+            }
+            Err(error) => self.note(format!("the source can't be synced: {error}")),
+        }
+    }
+
+    /// Something went wrong behind: it is logged, and status tells it.
+    pub(crate) fn note(&self, message: String) {
+        log::error!("{message}");
+        *self.last_error.lock() = Some(message);
+    }
+
     /// All that changed since the last commit, of one moment.
     fn take_changes(&self) -> (Changes, u64) {
         let mut writer = self.writer.lock();
@@ -381,6 +444,7 @@ impl Inner {
         let known = self.collections.read();
         let changes = Changes {
             meta: writer.meta.clone(),
+            source: writer.source.clone(),
             files: files.into_iter().map(|id| (id, tree.file(id).cloned())).collect(),
             dirs: dirs.into_iter().map(|id| (id, tree.dir(id).cloned())).collect(),
             collections: collections
