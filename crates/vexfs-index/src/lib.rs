@@ -17,6 +17,7 @@ mod sealed;
 mod space;
 #[cfg(test)]
 mod tests;
+mod verify;
 
 use std::sync::Arc;
 

@@ -20,6 +20,7 @@ fn behaves(disk: &dyn Disk) {
     file.set_len(0).unwrap();
     assert!(file.is_empty().unwrap());
     assert_eq!(disk.list("segments").unwrap(), ["x"]);
+    assert!(disk.list("").unwrap().contains(&"a".to_owned()));
     assert!(disk.list("absent").unwrap().is_empty());
     disk.sync_dir("segments").unwrap();
     disk.remove("segments/x").unwrap();

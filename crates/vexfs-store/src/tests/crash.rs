@@ -163,27 +163,15 @@ fn look(image: MemDisk, left: Source, promised: &Promised, boot: &str) -> Result
         }
     }
     world.walk();
-    exact(&world, "after the walk")?;
+    world.exact("after the walk")?;
     world.create("new", 1);
     world.fsync("new").map_err(|error| format!("after the walk: {error}"))?;
-    exact(&world, "after a write")?;
+    world.exact("after a write")?;
     let World { source, disk, .. } = world;
     let mut world = World::mount(disk.crash(), source, boot).map_err(|error| format!("second open: {error}"))?;
     world.found().map_err(|error| format!("after a remount: {error}"))?;
     world.walk();
-    exact(&world, "after a remount")
-}
-
-fn exact(world: &World, when: &str) -> Result<(), String> {
-    let found = world.found().map_err(|error| format!("{when}: {error}"))?;
-    let expected = world.expected();
-    if let Some(missing) = expected.iter().find(|names| names.is_disjoint(&found)) {
-        return Err(format!("{when}: {missing:?} is not found"));
-    }
-    if found.len() != expected.len() {
-        return Err(format!("{when}: found {found:?} where there is {expected:?}"));
-    }
-    Ok(())
+    world.exact("after a remount")
 }
 
 fn enumerate(sequences: impl Iterator<Item = Vec<Op>>) -> Figures {

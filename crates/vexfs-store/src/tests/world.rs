@@ -14,8 +14,8 @@ pub const DIM: usize = 4;
 
 /// A vector that no other number gives.
 pub fn vector(n: u32) -> [f32; DIM] {
-    let angle = n as f32 * 0.002_399_963;
-    [angle.cos(), angle.sin(), 0.5, 1.0 + n as f32 * 1e-3]
+    let bits = |shift: u32| f32::from((n.wrapping_mul(0x9e37_79b1) >> shift) as u8) / 64.0 - 2.0;
+    [bits(0), bits(8), bits(16), bits(24) + 5.0]
 }
 
 /// A file's bytes are the numbers of its vectors.
@@ -224,6 +224,11 @@ impl World {
         self.volume.scan_finished();
     }
 
+    /// The next vector is of this number: none that was before.
+    pub fn count_from(&mut self, n: u32) {
+        self.next = n;
+    }
+
     fn fresh(&mut self) -> u32 {
         self.next += 1;
         self.next
@@ -298,6 +303,31 @@ impl World {
         if let Some(replaced) = replaced {
             self.touch(replaced);
             self.forget_if_unlinked(replaced);
+        }
+    }
+
+    /// Two names take each other's files.
+    pub fn exchange(&mut self, one: &str, other: &str) {
+        let numbers = (self.source.names.get(one).copied(), self.source.names.get(other).copied());
+        let (Some(first), Some(second)) = numbers else { return };
+        if first == second {
+            return;
+        }
+        self.source.change(NameChange::Set(one.to_owned(), second));
+        self.source.change(NameChange::Set(other.to_owned(), first));
+        self.volume.exchange((World::id(first), &link(one)), (World::id(second), &link(other)));
+        for inode in [first, second] {
+            self.touch(inode);
+            let print = self.source.inodes[&inode].live.fingerprint();
+            if !self.volume.touch(World::id(inode), print) {
+                self.read_known(World::id(inode));
+            }
+        }
+    }
+
+    pub fn truncate(&mut self, name: &str) {
+        if let Some(inode) = self.source.names.get(name).copied() {
+            self.write(inode, Vec::new());
         }
     }
 
@@ -410,8 +440,21 @@ impl World {
         Ok(found)
     }
 
+    /// Is exactly what the source holds found?
+    pub fn exact(&self, when: &str) -> Result<(), String> {
+        let found = self.found().map_err(|error| format!("{when}: {error}"))?;
+        let expected = self.expected();
+        if let Some(missing) = expected.iter().find(|names| names.is_disjoint(&found)) {
+            return Err(format!("{when}: {missing:?} is not found"));
+        }
+        if found.len() != expected.len() {
+            return Err(format!("{when}: found {found:?} where there is {expected:?}"));
+        }
+        Ok(())
+    }
+
     /// What must be found when nothing is left to do: one name of each file, every row.
-    pub fn expected(&self) -> Vec<BTreeSet<(String, u32)>> {
+    fn expected(&self) -> Vec<BTreeSet<(String, u32)>> {
         let mut by_inode: BTreeMap<u64, BTreeSet<String>> = BTreeMap::new();
         for (name, inode) in &self.source.names {
             by_inode.entry(*inode).or_default().insert(name.clone());
@@ -427,7 +470,7 @@ impl World {
 }
 
 fn options(boot: &str) -> Options {
-    Options { sync: SyncMode::Lazy, root_inode: 2, threads: 1, boot: boot.to_owned(), sync_source: None }
+    Options { boot: boot.to_owned(), threads: 1, ..super::options(SyncMode::Lazy) }
 }
 
 /// Is the machine still up?

@@ -2,6 +2,7 @@
 
 pub mod filter;
 pub mod index;
+pub mod store;
 
 use std::fs::File;
 use std::path::Path;
