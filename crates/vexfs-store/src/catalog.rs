@@ -173,7 +173,10 @@ impl Catalog {
         let catalog = |error: &dyn fmt::Display| OpenError::Catalog(error.to_string());
         let mut this = Catalog { database: None, file, repaired: false };
         // A clean database is taken on trust by redb, page by page; ours must not be.
-        this.verify().map_err(|error| catalog(&error))?;
+        if let Err(error) = this.verify() {
+            this.let_go();
+            return Err(catalog(&error));
+        }
         // The tables exist from the first moment, so that reading needs no special case.
         this.write(None).map_err(|error| catalog(&error))?;
         disk.sync_dir("").map_err(|source| OpenError::Io { what: FILE.to_owned(), source })?;
@@ -260,9 +263,21 @@ impl Catalog {
         contained(|| self.try_write(changes)).map_err(|error| self.failed(&error))
     }
 
+    /// Closing a damaged database may fail as reading it does.
+    fn let_go(&mut self) {
+        let database = self.database.take();
+        let closed = contained(|| {
+            drop(database);
+            Ok(())
+        });
+        if let Err(error) = closed {
+            log::warn!("closing the catalog: {error}");
+        }
+    }
+
     fn failed(&mut self, error: &redb::Error) -> CommitError {
         // redb refuses all further work after an I/O error until it is opened again.
-        self.database = None;
+        self.let_go();
         let errno = match error {
             redb::Error::Io(error) => error.raw_os_error(),
             _ => None,

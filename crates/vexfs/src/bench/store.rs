@@ -197,7 +197,13 @@ fn first_answer(args: &StoreArgs, began: Instant) -> Result<(), String> {
     let all = read_base(&args.base, args.metric, Some(100_000))?;
     let recall = recall(&volume, &all, all.bytes.len() / all.space.row_bytes())?;
     drop(all);
+    let deadline = Instant::now() + std::time::Duration::from_millis(1);
+    let hasty = Query { deadline: Some(deadline), exact: true, ..query };
+    let gave_up = volume.search(&hasty, &mut |_, _, _| true).is_err();
+    let late = Instant::now().saturating_duration_since(deadline).as_secs_f64();
     let line = json!({
+        "deadline_met": gave_up,
+        "past_deadline_ms": late * 1e3,
         "recall": recall,
         "anonymous_mib": anonymous()? as f64 / 1024.0,
         "points": volume.report(FileId::ROOT).collections.iter().map(|collection| collection.points).sum::<u64>(),
