@@ -99,11 +99,23 @@ fn twenty_kills_lose_nothing_synced_and_bring_nothing_removed_back() {
             let answer = v.ask("", &serde_json::json!({ "vector": rows[0], "k": 1 }));
             assert_eq!(answer["hits"][0]["path"], "bulk.npy", "{mode} {round}: {answer}");
             slowest = slowest.max(start.elapsed());
+            // All of a short run; of a long one what is new, some of the rest, and all at the end.
+            let newest = [format!("r{round}-"), format!("n{round}-")];
+            let mut looks = |name: &str, of: usize| {
+                let new = newest.iter().any(|prefix| name.starts_with(prefix));
+                new || round + 1 == kills / 2 || random.below(of.max(1)) < 400
+            };
             for (name, (vector, bytes)) in &promised.synced {
+                if !looks(name, promised.synced.len()) {
+                    continue;
+                }
                 assert_eq!(&fs::read(v.path(name)).unwrap(), bytes, "{mode} {round} {name}");
                 assert_eq!(exactly(&v, vector, 1), [name.as_str()], "{mode} {round}, {} synced", promised.synced.len());
             }
             for (name, vector) in &promised.removed {
+                if !looks(name, promised.removed.len()) {
+                    continue;
+                }
                 assert!(!exactly(&v, vector, 3).contains(name), "{mode} {round} {name}");
             }
             let row = random.below(rows.len());
@@ -112,6 +124,7 @@ fn twenty_kills_lose_nothing_synced_and_bring_nothing_removed_back() {
             assert_eq!(answer["hits"][0]["row"], row, "{mode} {round}");
             assert_eq!(v.stats("")["last_error"], serde_json::Value::Null);
         }
+        eprintln!("{mode}: {} synced, {} removed", promised.synced.len(), promised.removed.len());
         assert!(promised.synced.len() > 10, "the load did something: {}", promised.synced.len());
     }
     eprintln!("{kills} kills; from mount to the first answer at most {slowest:.2?}");

@@ -1,6 +1,7 @@
 //! A volume on a disk in memory: what holds without trouble, and at every call that fails or is the last before power
 //! is cut.
 
+mod beside;
 mod crash;
 mod model;
 mod rot;
