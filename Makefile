@@ -2,9 +2,11 @@
 # the Rust toolchain (and root, or sudo, for packages that are missing).
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
-# What is missing: fuse3 has fusermount3, util-linux setpriv, gcc the linker.
+# What is missing: fuse3 has fusermount3, util-linux setpriv, the mkfs are for full disks, gcc the linker.
 PACKAGES := $(shell command -v fusermount3 >/dev/null || echo fuse3) \
             $(shell command -v setpriv >/dev/null || echo util-linux) \
+            $(shell command -v mkfs.ext4 >/dev/null || echo e2fsprogs) \
+            $(shell command -v mkfs.xfs >/dev/null || echo xfsprogs) \
             $(shell command -v cc >/dev/null || echo gcc libc6-dev)
 
 .PHONY: test demo packages

@@ -6,10 +6,12 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod crash;
+mod disks;
 mod files;
 mod inputs;
 mod mounting;
 mod searching;
 mod semantics;
 mod support;
+mod upkeep;
 mod vectors;

@@ -1,7 +1,7 @@
 //! The one place where an error becomes an errno, its name and its words.
 
 use rustix::io::Errno;
-use vexfs_store::SearchError;
+use vexfs_store::{CommitError, SearchError};
 
 /// An errno with what a person needs to know.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,6 +26,16 @@ impl From<SearchError> for Failure {
             SearchError::Incomparable(_) | SearchError::Query(_) => Errno::INVAL,
             SearchError::Deadline => Errno::TIMEDOUT,
             SearchError::Scanning { .. } => Errno::AGAIN,
+            _ => Errno::IO,
+        };
+        Failure { errno, message: error.to_string() }
+    }
+}
+
+impl From<CommitError> for Failure {
+    fn from(error: CommitError) -> Failure {
+        let errno = match &error {
+            CommitError::Io { errno, .. } => Errno::from_raw_os_error(*errno),
             _ => Errno::IO,
         };
         Failure { errno, message: error.to_string() }

@@ -283,13 +283,7 @@ impl Ingest {
 
     /// Makes all that was read durable.
     pub fn commit(&self) -> Result<(), Failure> {
-        self.volume.commit().map_err(|error| {
-            let errno = match &error {
-                vexfs_store::CommitError::Io { errno, .. } => Errno::from_raw_os_error(*errno),
-                _ => Errno::IO,
-            };
-            Failure::new(errno, error.to_string())
-        })
+        Ok(self.volume.commit()?)
     }
 
     /// Is the file at `path` still what the index was told?

@@ -5,6 +5,7 @@
 //! and each hit past `access` on the way back.
 
 mod access;
+mod control;
 pub mod errors;
 mod events;
 mod files;
@@ -16,8 +17,9 @@ pub mod mount;
 mod nodes;
 mod service;
 mod source;
+pub mod upkeep;
 mod views;
 mod walk;
 pub mod wire;
 
-pub use vexfs_store::{SyncMode, index};
+pub use vexfs_store::{self as store, SyncMode, index};

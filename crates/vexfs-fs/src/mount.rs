@@ -35,6 +35,8 @@ pub struct MountOptions {
     pub state: Option<PathBuf>,
     /// When new points are linked.
     pub sync: SyncMode,
+    /// Bytes that the index may keep in memory; `None`: as many as are useful.
+    pub memory: Option<u64>,
     /// Files that can't be indexed make close(2) fail.
     pub strict: bool,
     /// `-o` options, split at commas.
@@ -46,12 +48,15 @@ pub struct MountOptions {
 #[error("{0}")]
 pub struct MountError(String);
 
-fn error(what: impl std::fmt::Display, why: impl std::fmt::Display) -> MountError {
+pub(crate) fn error(what: impl std::fmt::Display, why: impl std::fmt::Display) -> MountError {
     MountError(format!("{what}: {why}"))
 }
 
 /// Event loops: enough that some can wait for searches while others serve files.
 const LOOPS: usize = 6;
+
+/// How soon files of a segment that was given up are read again.
+const REREAD_EVERY: std::time::Duration = std::time::Duration::from_millis(200);
 
 /// A served mount.
 pub struct Mounted {
@@ -69,7 +74,7 @@ struct Checked {
     state: PathBuf,
 }
 
-fn directory(path: &Path) -> Result<PathBuf, MountError> {
+pub(crate) fn directory(path: &Path) -> Result<PathBuf, MountError> {
     let canonical = path.canonicalize().map_err(|why| error(path.display(), why))?;
     match canonical.is_dir() {
         true => Ok(canonical),
@@ -103,7 +108,7 @@ fn check(options: &MountOptions) -> Result<Checked, MountError> {
     Ok(Checked { source, mountpoint, state })
 }
 
-fn open_dir(path: &Path) -> Result<OwnedFd, MountError> {
+pub(crate) fn open_dir(path: &Path) -> Result<OwnedFd, MountError> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     openat(CWD, path, flags, Mode::empty()).map_err(|why| error(path.display(), io::Error::from(why)))
 }
@@ -136,11 +141,7 @@ pub fn mount(options: &MountOptions) -> Result<Mounted, MountError> {
     let owned = |why: Errno| error(source.display(), io::Error::from(why));
     let nodes = Arc::new(Nodes::new(rustix::io::dup(&root).map_err(owned)?).map_err(owned)?);
     let files_root = Arc::new(Source::new(root).map_err(owned)?);
-    let store = Options {
-        sync: options.sync,
-        root_inode: files_root.inode(),
-        threads: std::thread::available_parallelism().map_or(1, usize::from),
-    };
+    let store = store_options(&files_root, options.sync, options.memory);
     let (volume, recovery) =
         Volume::open(Arc::new(DirDisk::new(state_fd)), store).map_err(|why| error(state.display(), why))?;
     let volume = Arc::new(volume);
@@ -172,10 +173,49 @@ pub fn mount(options: &MountOptions) -> Result<Mounted, MountError> {
         let (ingest, stop) = (Arc::clone(&ingest), Arc::clone(&stop));
         std::thread::Builder::new()
             .name("vexfs-walk".to_owned())
-            .spawn(move || walk(&ingest, &stop))
+            .spawn(move || {
+                walk(&ingest, &stop);
+                reread(&ingest, &stop);
+            })
             .map_err(|why| error("thread", why))?
     };
     Ok(Mounted { mountpoint, device, volume, stop, walker, server })
+}
+
+/// Reads files again whose segment had to be given up, until `stop`.
+fn reread(ingest: &Ingest, stop: &AtomicBool) {
+    while !stop.load(Ordering::Acquire) {
+        for file in ingest.volume.take_unread() {
+            ingest.read_known(file, When::Quiet);
+        }
+        std::thread::park_timeout(REREAD_EVERY);
+    }
+}
+
+/// How the store of a source is opened.
+pub(crate) fn store_options(source: &Arc<Source>, sync: SyncMode, memory: Option<u64>) -> Options {
+    let (root, files) = (Arc::clone(source), Arc::clone(source));
+    Options {
+        sync,
+        root_inode: source.inode(),
+        root_born: source.born(),
+        locate: Some(Arc::new(move |path| files.locate(path))),
+        threads: std::thread::available_parallelism().map_or(1, usize::from),
+        memory,
+        boot: boot_id(),
+        sync_source: Some(Arc::new(move || Ok(rustix::fs::syncfs(root.root())?))),
+    }
+}
+
+/// Which boot of the machine this is; where it can't be told, each mount counts as one.
+fn boot_id() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map_or_else(
+        |why| {
+            log::warn!("the boot's identity can't be read ({why}): files are read again as after a power cut");
+            format!("{:?}", std::time::SystemTime::now())
+        },
+        |id| id.trim().to_owned(),
+    )
 }
 
 /// A source that is stacked itself takes one of the two layers that the kernel allows.
@@ -344,6 +384,7 @@ impl Mounted {
     pub fn wait(self) -> Result<(), MountError> {
         let served = self.server.join();
         self.stop.store(true, Ordering::Release);
+        self.walker.thread().unpark();
         if self.walker.join().is_err() {
             log::error!("the walk panicked");
         }

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, openat, statat};
 use rustix::io::Errno;
-use vexfs_store::{FileId, Fingerprint};
+use vexfs_store::{FileId, Fingerprint, Located};
 
 /// The source's root.
 pub struct Source {
@@ -24,6 +24,28 @@ impl Source {
     /// The root's inode number on the file system below.
     pub fn inode(&self) -> u64 {
         self.inode
+    }
+
+    /// When the root was made, nanoseconds since 1970; 0 where the file system below doesn't tell.
+    pub fn born(&self) -> i128 {
+        use rustix::fs::{StatxFlags, statx};
+        match statx(&self.root, "", AtFlags::EMPTY_PATH, StatxFlags::BTIME) {
+            Ok(stat) if StatxFlags::from_bits_retain(stat.stx_mask).contains(StatxFlags::BTIME) => {
+                i128::from(stat.stx_btime.tv_sec) * 1_000_000_000 + i128::from(stat.stx_btime.tv_nsec)
+            }
+            _ => 0,
+        }
+    }
+
+    /// What the store calls the file or directory at a path.
+    pub fn locate(&self, path: &[u8]) -> Option<Located> {
+        let stat = self.stat(path).ok()?;
+        let id = self.id(&stat)?;
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::Directory => Some(Located { id, fingerprint: None }),
+            FileType::RegularFile => Some(Located { id, fingerprint: Some(fingerprint(&stat)) }),
+            _ => None,
+        }
     }
 
     /// The root's descriptor.

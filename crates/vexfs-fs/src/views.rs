@@ -3,6 +3,7 @@
 //! ```text
 //! DIR/.vexfs/query                  requests in, answers out (see the module wire)
 //! DIR/.vexfs/stats.json             the state of DIR and below
+//! DIR/.vexfs/control                commands to the volume (see the module control)
 //! DIR/.vexfs/similar/NAME[#ROW][?k=20&recall=0.99]/
 //! DIR/.vexfs/neighbors/NAME[#ROW]/
 //! ```
@@ -19,7 +20,8 @@ use parking_lot::{Mutex, RwLock};
 use rustix::io::Errno;
 use vexfs_store::{Content, FileId, Hit};
 
-use crate::access::{Access, Caller};
+use crate::access::{Access, Caller, Identity};
+use crate::control::obey;
 use crate::errors::{Failure, name};
 use crate::events::place;
 use crate::ingest::Ingest;
@@ -61,6 +63,7 @@ enum What {
     Top(FileId),
     Query(FileId),
     Stats(FileId),
+    Control,
     Similar(FileId),
     /// `similar/NAME`, with NAME as it was asked for.
     Ranked(FileId, OsString),
@@ -101,6 +104,7 @@ struct Table {
 /// An open virtual file.
 enum Open {
     Text(Vec<u8>),
+    Control,
     Query { scope: FileId, request: Vec<u8>, answer: Vec<u8>, taken: usize },
 }
 
@@ -128,6 +132,8 @@ pub struct Views {
     table: Mutex<Table>,
     open: RwLock<HashMap<u64, Arc<Mutex<Open>>>>,
     next_handle: Mutex<u64>,
+    /// Held while a command is done that takes long.
+    command: Mutex<()>,
 }
 
 impl Views {
@@ -142,6 +148,7 @@ impl Views {
             table: Mutex::default(),
             open: RwLock::default(),
             next_handle: Mutex::new(0),
+            command: Mutex::new(()),
         }
     }
 
@@ -184,6 +191,7 @@ impl Views {
         let what = match (self.what(parent)?, asked.as_bytes()) {
             (What::Top(dir), b"query") => What::Query(dir),
             (What::Top(dir), b"stats.json") => What::Stats(dir),
+            (What::Top(_), b"control") => What::Control,
             (What::Top(dir), b"similar") => What::Similar(dir),
             (What::Top(dir), b"neighbors") => What::Neighbors(dir),
             (above @ (What::Similar(dir) | What::Neighbors(dir)), _) => {
@@ -272,6 +280,7 @@ impl Views {
             What::Top(dir) => Ok(vec![
                 listed("query", What::Query(dir)),
                 listed("stats.json", What::Stats(dir)),
+                listed("control", What::Control),
                 listed("similar", What::Similar(dir)),
                 listed("neighbors", What::Neighbors(dir)),
             ]),
@@ -281,7 +290,7 @@ impl Views {
                 let ranked = self.ranked(caller, &what)?.into_iter();
                 Ok(ranked.map(|(name, target)| Listed { name, what: What::Hit(target) }).collect())
             }
-            What::Query(_) | What::Stats(_) | What::Hit(_) => Err(Errno::NOTDIR),
+            What::Query(_) | What::Stats(_) | What::Control | What::Hit(_) => Err(Errno::NOTDIR),
         }
     }
 
@@ -302,6 +311,8 @@ impl Views {
     pub fn open(&self, caller: Caller, id: u64, writable: bool) -> Result<u64, Errno> {
         let open = match self.what(id)? {
             What::Query(scope) => Open::Query { scope, request: Vec::new(), answer: Vec::new(), taken: 0 },
+            What::Control if caller.identify()? != Identity::Own => return Err(Errno::ACCESS),
+            What::Control => Open::Control,
             What::Stats(_) if writable => return Err(Errno::ACCESS),
             What::Stats(scope) => Open::Text(self.stats(caller, scope)?),
             _ => return Err(Errno::ISDIR),
@@ -326,6 +337,7 @@ impl Views {
                 let start = usize::try_from(offset).unwrap_or(usize::MAX).min(text.len());
                 Ok(text[start..text.len().min(start.saturating_add(size))].to_vec())
             }
+            Open::Control => Ok(Vec::new()),
             Open::Query { scope, request, answer, taken } => {
                 if !request.iter().all(u8::is_ascii_whitespace) {
                     request.push(b'\n');
@@ -347,6 +359,12 @@ impl Views {
     pub fn write(&self, caller: Caller, handle: u64, data: &[u8]) -> Result<usize, Errno> {
         let handle = self.handle(handle)?;
         let mut open = handle.lock();
+        if matches!(*open, Open::Control) {
+            return obey(&self.ingest.volume, &self.command, data).map(|()| data.len()).map_err(|failure| {
+                log::warn!("control: {}", failure.message);
+                failure.errno
+            });
+        }
         let Open::Query { scope, request, answer, .. } = &mut *open else { return Err(Errno::ACCESS) };
         if request.len() + data.len() > MAX_BUFFER {
             log::info!("a request of more than {MAX_BUFFER} bytes was refused");
@@ -446,6 +464,7 @@ fn attr_of(id: u64, what: &What) -> VirtualAttr {
         }
         What::Query(_) => (Kind::File, 0o666, 0),
         What::Stats(_) => (Kind::File, 0o444, 0),
+        What::Control => (Kind::File, 0o600, 0),
         What::Hit(target) => (Kind::Link, 0o777, target.len() as u64),
     };
     VirtualAttr { id, kind, mode, size }

@@ -18,6 +18,7 @@ mod sealed;
 mod space;
 #[cfg(test)]
 mod tests;
+mod verify;
 
 use std::sync::Arc;
 

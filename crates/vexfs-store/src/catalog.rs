@@ -106,11 +106,26 @@ pub struct Meta {
     pub scanned: bool,
 }
 
+/// How far the source's bytes are known to be durable. Readings may reach the disk before the bytes that they were read
+/// from: what the source lost in a power cut must be read again.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SourceMark {
+    /// The machine's boot in which the catalog was last written; in another one power may have been lost.
+    pub boot: String,
+    /// Readings up to this generation are of bytes that are durable.
+    pub synced: u64,
+    /// When the source's root directory was made, nanoseconds since 1970: another one means a copied volume, also where
+    /// both have the inode number that the roots of file systems have. 0 where that isn't known.
+    pub root_born: i128,
+}
+
 /// All rows, as read at open.
 #[derive(Default)]
 pub struct Rows {
     /// Volume facts.
     pub meta: Meta,
+    /// `None` in a catalog that was never told.
+    pub source: Option<SourceMark>,
     /// By file.
     pub files: Vec<(FileId, FileRow)>,
     /// By directory: its only link.
@@ -126,6 +141,8 @@ pub struct Rows {
 pub struct Changes {
     /// Always written.
     pub meta: Meta,
+    /// Always written.
+    pub source: SourceMark,
     /// Changed files.
     pub files: Vec<(FileId, Option<FileRow>)>,
     /// Changed directories.
@@ -141,9 +158,11 @@ pub struct Catalog {
     /// `None` after redb met an I/O error, until the next write opens it anew.
     database: Option<Database>,
     file: Arc<dyn DiskFile>,
+    repaired: bool,
 }
 
-const FILE: &str = "catalog";
+/// The file's name in the state directory.
+pub const FILE: &str = "catalog";
 /// The catalog holds small rows that are read once; a large page cache would only be lost to vectors.
 const CACHE_BYTES: usize = 8 << 20;
 
@@ -152,12 +171,50 @@ impl Catalog {
     pub fn open(disk: &dyn Disk) -> Result<(Catalog, Rows), OpenError> {
         let file = disk.open(FILE).map_err(|source| OpenError::Io { what: FILE.to_owned(), source })?;
         let catalog = |error: &dyn fmt::Display| OpenError::Catalog(error.to_string());
-        let mut this = Catalog { database: None, file };
+        let mut this = Catalog { database: None, file, repaired: false };
+        // A clean database is taken on trust by redb, page by page; ours must not be.
+        if let Err(error) = this.verify() {
+            this.let_go();
+            return Err(catalog(&error));
+        }
         // The tables exist from the first moment, so that reading needs no special case.
         this.write(None).map_err(|error| catalog(&error))?;
         disk.sync_dir("").map_err(|source| OpenError::Io { what: FILE.to_owned(), source })?;
-        let rows = this.read().map_err(|error| catalog(&error))?;
+        let rows = contained(|| this.read()).map_err(|error| catalog(&error))?;
         Ok((this, rows))
+    }
+
+    /// Was it damaged when it was opened?
+    pub fn repaired(&self) -> bool {
+        self.repaired
+    }
+
+    /// Gives the space of what was removed back, and with it the bytes.
+    pub fn compact(&mut self) -> Result<(), CommitError> {
+        let result = contained(|| {
+            self.database()?;
+            match self.database.as_mut().map(Database::compact) {
+                Some(Err(error)) => Err(error.into()),
+                Some(Ok(_)) | None => Ok(()),
+            }
+        });
+        result.map_err(|error| self.failed(&error))
+    }
+
+    fn verify(&mut self) -> Result<(), redb::Error> {
+        contained(|| {
+            self.database()?;
+            match self.database.as_mut().map(Database::check_integrity) {
+                Some(Ok(true)) | None => Ok(()),
+                // redb went back to what it was before its last commit: of what is gone the files hold the truth.
+                Some(Ok(false)) => {
+                    log::warn!("the catalog was damaged; redb repaired it");
+                    self.repaired = true;
+                    Ok(())
+                }
+                Some(Err(error)) => Err(error.into()),
+            }
+        })
     }
 
     fn database(&mut self) -> Result<&Database, redb::Error> {
@@ -175,8 +232,12 @@ impl Catalog {
     fn read(&mut self) -> Result<Rows, redb::Error> {
         let mut rows = Rows::default();
         let transaction = self.database()?.begin_read()?;
-        if let Some(value) = transaction.open_table(META)?.get("volume")? {
+        let meta = transaction.open_table(META)?;
+        if let Some(value) = meta.get("volume")? {
             rows.meta = decode(value.value())?;
+        }
+        if let Some(value) = meta.get("source")? {
+            rows.source = Some(decode(value.value())?);
         }
         for entry in transaction.open_table(FILES)?.iter()? {
             let (key, value) = entry?;
@@ -199,15 +260,29 @@ impl Catalog {
 
     /// Makes `changes` durable, all or nothing. `None` only makes the tables.
     pub fn write(&mut self, changes: Option<&Changes>) -> Result<(), CommitError> {
-        self.try_write(changes).map_err(|error| {
-            // redb refuses all further work after an I/O error until it is opened again.
-            self.database = None;
-            let errno = match &error {
-                redb::Error::Io(error) => error.raw_os_error(),
-                _ => None,
-            };
-            CommitError::Io { errno: errno.unwrap_or(rustix::io::Errno::IO.raw_os_error()), message: error.to_string() }
-        })
+        contained(|| self.try_write(changes)).map_err(|error| self.failed(&error))
+    }
+
+    /// Closing a damaged database may fail as reading it does.
+    fn let_go(&mut self) {
+        let database = self.database.take();
+        let closed = contained(|| {
+            drop(database);
+            Ok(())
+        });
+        if let Err(error) = closed {
+            log::warn!("closing the catalog: {error}");
+        }
+    }
+
+    fn failed(&mut self, error: &redb::Error) -> CommitError {
+        // redb refuses all further work after an I/O error until it is opened again.
+        self.let_go();
+        let errno = match error {
+            redb::Error::Io(error) => error.raw_os_error(),
+            _ => None,
+        };
+        CommitError::Io { errno: errno.unwrap_or(rustix::io::Errno::IO.raw_os_error()), message: error.to_string() }
     }
 
     fn try_write(&mut self, changes: Option<&Changes>) -> Result<(), redb::Error> {
@@ -221,6 +296,7 @@ impl Catalog {
             let mut segments = transaction.open_table(SEGMENTS)?;
             if let Some(changes) = changes {
                 meta.insert("volume", encode(&changes.meta)?.as_slice())?;
+                meta.insert("source", encode(&changes.source)?.as_slice())?;
                 for (id, row) in &changes.files {
                     match row {
                         Some(row) => drop(files.insert(id.0, encode(row)?.as_slice())?),
@@ -250,6 +326,14 @@ impl Catalog {
         transaction.commit()?;
         Ok(())
     }
+}
+
+/// redb asserts much of what it reads of its own pages. Bytes that rotted must not end the process.
+fn contained<T>(work: impl FnOnce() -> Result<T, redb::Error>) -> Result<T, redb::Error> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+        let said = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+        Err(redb::Error::Corrupted(format!("its pages contradict each other ({})", said.unwrap_or("no reason given"))))
+    })
 }
 
 fn encode<T: Serialize>(row: &T) -> Result<Vec<u8>, redb::Error> {

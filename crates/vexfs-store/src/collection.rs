@@ -17,8 +17,9 @@ pub const SEAL_POINTS: usize = 50_000;
 pub const SEAL_BYTES: usize = 64 << 20;
 /// Rows of one file from which it becomes a segment of its own without passing through the head.
 pub const BULK_ROWS: usize = 8_192;
-/// Pending points beyond which a writer links its own before it goes on: the queue's bound.
-pub const MAX_PENDING: usize = 20_000;
+/// Pending points of a head beyond which a writer links its own before it goes on. A head is sealed when it has as many,
+/// so that this is met only while one can't be.
+pub const MAX_PENDING: usize = SEAL_POINTS;
 
 /// See the module.
 pub struct Collection {
@@ -76,12 +77,19 @@ impl Collection {
         }
     }
 
-    /// Is the head large enough to be sealed?
-    pub fn head_is_full(&self) -> bool {
+    /// Is the head large enough to be sealed: by its points, or by these bytes of vectors?
+    pub fn head_is_full(&self, bytes: usize) -> bool {
         self.head().is_some_and(|head| {
             let index = head.index();
-            index.len() >= SEAL_POINTS || index.len() * index.space().row_bytes() >= SEAL_BYTES
+            index.len() >= SEAL_POINTS || index.len() * index.space().row_bytes() >= bytes
         })
+    }
+
+    /// Bytes of full vectors that wait to be sealed, the head aside.
+    pub fn unsealed_bytes(&self) -> usize {
+        let parts = self.parts.load();
+        let waiting = parts.iter().skip(1).filter(|part| part.as_segment().is_none());
+        waiting.map(|part| part.index().len() * part.index().space().row_bytes()).sum()
     }
 
     /// Points that a search can return.

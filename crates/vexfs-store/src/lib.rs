@@ -4,16 +4,21 @@
 //! [`Volume::put`], [`Volume::rename`]…) after it happened, and answers a [`Query`] with [`Hit`]s. Files are the
 //! truth: what a file holds is not logged here but read from it again after a crash ([`Recovery::unread`]).
 
+mod barrier;
+mod budget;
 mod catalog;
+mod check;
 mod collection;
 pub mod disk;
 mod error;
 mod id;
+mod identity;
 mod maintain;
 mod names;
 mod neighbors;
 mod part;
 mod put;
+mod rekey;
 mod report;
 mod schema;
 mod search;
@@ -24,12 +29,15 @@ mod tree;
 mod volume;
 
 pub use catalog::{Content, Fingerprint, Link};
+pub use check::{Checked, Finding, check, forget};
 pub use collection::{BULK_ROWS, SEAL_POINTS};
 pub use error::{CommitError, OpenError, PutError, SearchError};
 pub use id::{CollectionId, FileId, Generation, SegmentId};
+pub use identity::FORMAT_VERSION;
 pub use put::Target;
-pub use report::{CollectionReport, FileCounts, FileError, Report};
+pub use rekey::{Locate, Located};
+pub use report::{CollectionReport, FileCounts, FileError, Quarantined, Report};
 pub use schema::{Config, Schema};
 pub use search::{Answer, Hit, MAX_K, Query, Verdict};
 pub use vexfs_index as index;
-pub use volume::{FORMAT_VERSION, Options, Recovery, SyncMode, Volume};
+pub use volume::{Options, Recovery, SyncMode, SyncSource, Volume};

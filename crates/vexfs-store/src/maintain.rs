@@ -1,4 +1,5 @@
-//! The threads behind: one links pending points, one seals and merges, one commits.
+//! The threads behind: one links pending points, one seals and merges, one commits, one verifies at the start what
+//! opening left.
 //!
 //! Sealing, merging and rewriting are one thing, [`rewrite`]: the live rows of some parts become one segment that
 //! takes their place.
@@ -7,7 +8,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::{Builder, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vexfs_index::{Index, Scratch, Slot};
 
@@ -20,12 +21,15 @@ use crate::volume::Inner;
 
 /// How long a closed file may stay out of the catalog on disk.
 const COMMIT_EVERY: Duration = Duration::from_secs(2);
+/// How often the source is made durable so that less is read again after a power cut. The kernel itself writes what is
+/// older than 30 s.
+const SYNC_SOURCE_EVERY: Duration = Duration::from_secs(30);
 /// How long work may lie when nobody woke the threads.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// Segments of one size class that are merged into one.
 const TIER: usize = 4;
 /// At close, a smaller head is left to be read from its files by the next open.
-const SEAL_AT_CLOSE: u64 = 4_096;
+pub(crate) const SEAL_AT_CLOSE: u64 = 4_096;
 
 /// Starts the volume's threads. They end when `stop` is set and they are woken.
 pub fn start(inner: &Arc<Inner>) -> io::Result<Vec<JoinHandle<()>>> {
@@ -33,7 +37,12 @@ pub fn start(inner: &Arc<Inner>) -> io::Result<Vec<JoinHandle<()>>> {
         let inner = Arc::clone(inner);
         Builder::new().name(name.to_owned()).spawn(move || body(&inner))
     };
-    Ok(vec![thread("vexfs-link", link_loop)?, thread("vexfs-seal", seal_loop)?, thread("vexfs-commit", commit_loop)?])
+    Ok(vec![
+        thread("vexfs-link", link_loop)?,
+        thread("vexfs-seal", seal_loop)?,
+        thread("vexfs-commit", commit_loop)?,
+        thread("vexfs-verify", verify_all)?,
+    ])
 }
 
 fn stopping(inner: &Inner) -> bool {
@@ -50,10 +59,30 @@ fn wait(inner: &Inner, most: Duration) {
 }
 
 fn commit_loop(inner: &Inner) {
+    let mut synced = Instant::now();
     while !stopping(inner) {
         std::thread::park_timeout(COMMIT_EVERY);
+        if !stopping(inner) && synced.elapsed() >= SYNC_SOURCE_EVERY {
+            inner.sync_source();
+            synced = Instant::now();
+        }
         if let Err(error) = inner.commit() {
             log::error!("{error}; the changes stay in memory and are tried again");
+        }
+    }
+}
+
+/// Verifies what was opened, then copies what walks read to huge pages.
+fn verify_all(inner: &Inner) {
+    let collections: Vec<_> = inner.collections.read().values().cloned().collect();
+    for collection in collections {
+        for part in collection.parts.load_full().iter() {
+            let Some(segment) = part.as_segment() else { continue };
+            match segment.verify(&inner.stop) {
+                Ok(true) => inner.budget.warm(segment),
+                Ok(false) => return,
+                Err(error) => inner.quarantine(&collection, part, &error),
+            }
         }
     }
 }
@@ -63,13 +92,17 @@ fn link_loop(inner: &Inner) {
     while !stopping(inner) {
         let collections: Vec<_> = inner.collections.read().values().cloned().collect();
         for collection in collections {
-            for part in collection.parts.load().iter() {
-                let Some(index) = part.as_head() else { continue };
-                let mut slot = index.first_pending().0;
-                while index.pending() > 0 && slot < index.len() as u32 && !stopping(inner) {
-                    index.link(Slot(slot), &mut scratch);
-                    slot += 1;
-                }
+            // The head alone: what was frozen gets a graph of its own when it is sealed.
+            let head = collection.head();
+            let Some(index) = head.as_ref().and_then(|head| head.as_head()) else { continue };
+            let mut slot = index.first_pending().0;
+            while index.pending() > 0
+                && slot < index.len() as u32
+                && !stopping(inner)
+                && !collection.head_is_full(inner.budget.head)
+            {
+                index.link(Slot(slot), &mut scratch);
+                slot += 1;
             }
         }
         wait(inner, LOOK_EVERY);
@@ -89,8 +122,8 @@ fn seal_loop(inner: &Inner) {
                 Ok(true) => worked = true,
                 Ok(false) => retire_if_empty(inner, &collection),
                 Err(error) => {
-                    *inner.last_error.lock() = Some(format!("sealing: {error}"));
-                    log::error!("sealing: {error}; the points stay where they are and it is tried again");
+                    inner.failures.fetch_add(1, Ordering::AcqRel);
+                    inner.note(format!("sealing: {error}; the points stay where they are and it is tried again"));
                 }
             }
         }
@@ -102,12 +135,13 @@ fn seal_loop(inner: &Inner) {
 
 /// A head that is full makes room for a new one; it is searched on until its segment is there.
 fn freeze_full_head(inner: &Inner, collection: &Collection) {
-    if collection.head_is_full() {
+    if collection.head_is_full(inner.budget.head) {
         freeze(inner, collection);
     }
 }
 
-fn freeze(inner: &Inner, collection: &Collection) {
+/// The head, whatever its size, makes room for a new one.
+pub(crate) fn freeze(inner: &Inner, collection: &Collection) {
     let Some(schema) = collection.schema.load_full() else { return };
     let _appending = collection.append.lock();
     let _writer = inner.writer.lock();
@@ -118,6 +152,7 @@ fn freeze(inner: &Inner, collection: &Collection) {
 
 /// One rewriting, if there is one to do.
 fn step(inner: &Inner, collection: &Collection) -> io::Result<bool> {
+    let _alone = inner.rewriting.lock();
     let parts = collection.parts.load_full();
     let inputs = choose(parts.get(1..).unwrap_or_default());
     if inputs.is_empty() {
@@ -148,12 +183,21 @@ fn choose(parts: &[Arc<Part>]) -> Vec<Arc<Part>> {
 }
 
 /// Makes one durable segment of the live rows of `inputs` and puts it in their place. False if it was stopped.
-fn rewrite(inner: &Inner, collection: &Collection, inputs: &[Arc<Part>]) -> io::Result<bool> {
+pub(crate) fn rewrite(inner: &Inner, collection: &Collection, inputs: &[Arc<Part>]) -> io::Result<bool> {
     let Some(schema) = collection.schema.load_full() else { return Ok(false) };
     let mut rows = Vec::new();
     let mut readings: Vec<Arc<Reading>> = Vec::new();
     let mut points: Vec<(u32, u32)> = Vec::new();
     for part in inputs {
+        // What rotted must not get new checksums.
+        match part.as_segment().map_or(Ok(true), |segment| segment.verify(&inner.stop)) {
+            Ok(true) => {}
+            Ok(false) => return Ok(false),
+            Err(error) => {
+                inner.quarantine(collection, part, &error);
+                return Ok(false);
+            }
+        }
         let mut numbers = std::collections::HashMap::new();
         for (slot, reading, row) in part.live() {
             let number = *numbers.entry(Arc::as_ptr(&reading)).or_insert_with(|| {
@@ -191,6 +235,10 @@ fn rewrite(inner: &Inner, collection: &Collection, inputs: &[Arc<Part>]) -> io::
         segment::write(&*inner.disk, id, &content)?;
         drop(sections);
         let segment = Segment::open(&*inner.disk, id).map_err(io::Error::other)?;
+        if !segment.verify(&inner.stop).map_err(io::Error::other)? {
+            return Ok(false);
+        }
+        inner.budget.warm(&segment);
         Some(Part::sealed(segment, readings))
     };
     replace(inner, collection, inputs, output)?;
@@ -214,6 +262,7 @@ fn replace(inner: &Inner, collection: &Collection, inputs: &[Arc<Part>], output:
         parts.extend(output);
         inner.exchange_parts(collection, parts);
     }
+    inputs.iter().filter_map(|part| part.as_segment()).for_each(|segment| inner.budget.cooled(segment));
     // If this fails the old segments' files stay, as the durable manifest may still name them; the rows are kept
     // to be written by the next commit, and files that no manifest names are removed by the next open.
     inner.commit().map_err(io::Error::other)?;

@@ -6,12 +6,13 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use parking_lot::{Mutex, RwLock};
 use vexfs_index::{Explorer, Filter, Flat, Index, Mutable, Slot};
 
 use crate::id::{FileId, Generation};
-use crate::segment::Segment;
+use crate::segment::{Segment, SegmentError};
 use crate::tree::Tree;
 
 /// The version of a reading that is not to be seen yet, or not to end yet.
@@ -25,6 +26,8 @@ pub struct Reading {
     pub generation: Generation,
     /// How many rows.
     pub rows: u32,
+    /// When it was read.
+    pub at: Instant,
     born: AtomicU64,
     died: AtomicU64,
     /// Counters of ended rows of the parts that hold this reading.
@@ -38,6 +41,7 @@ impl Reading {
             file,
             generation,
             rows,
+            at: Instant::now(),
             born: AtomicU64::new(NEVER),
             died: AtomicU64::new(NEVER),
             holders: Mutex::new(Vec::new()),
@@ -208,6 +212,14 @@ impl Part {
         Some((self.reading(number)?, row))
     }
 
+    /// Is the row of this slot what was written? The error says what rotted.
+    pub fn trust(&self, slot: Slot) -> Result<(), SegmentError> {
+        match &self.store {
+            Store::Sealed { segment, .. } => segment.trust(slot.0 as usize),
+            Store::Head(_) | Store::Flat { .. } => Ok(()),
+        }
+    }
+
     /// The slot of a row of a reading, if the part holds it.
     pub fn find(&self, wanted: &Arc<Reading>, row: u32) -> Option<Slot> {
         let holds =
@@ -215,12 +227,12 @@ impl Part {
         (0..self.index().len() as u32).map(Slot).find(holds)
     }
 
-    /// Every reading of the part.
-    pub fn readings(&self) -> Vec<Arc<Reading>> {
+    /// Every reading of the part, by number.
+    pub fn readings(&self) -> Box<dyn Iterator<Item = &Arc<Reading>> + '_> {
         match &self.store {
-            Store::Head(head) => head.readings.iter().map(|(_, r)| Arc::clone(r)).collect(),
-            Store::Flat { reading, .. } => vec![Arc::clone(reading)],
-            Store::Sealed { readings, .. } => readings.clone(),
+            Store::Head(head) => Box::new(head.readings.iter().map(|(_, reading)| reading)),
+            Store::Flat { reading, .. } => Box::new(std::iter::once(reading)),
+            Store::Sealed { readings, .. } => Box::new(readings.iter()),
         }
     }
 
@@ -236,7 +248,7 @@ impl Part {
 
     /// Points whose reading has not ended.
     pub fn live_points(&self) -> u64 {
-        self.readings().iter().filter(|reading| !reading.ended()).map(|r| u64::from(r.rows)).sum()
+        self.readings().filter(|reading| !reading.ended()).map(|r| u64::from(r.rows)).sum()
     }
 
     /// Points given in but not linked into a graph yet.
@@ -248,66 +260,77 @@ impl Part {
         }
     }
 
+    /// When the oldest of the pending points was read.
+    pub fn oldest_pending(&self) -> Option<Instant> {
+        match &self.store {
+            Store::Head(head) if head.index.pending() > 0 => {
+                self.resolve(head.index.first_pending()).map(|(reading, _)| reading.at)
+            }
+            Store::Flat { reading, .. } if !reading.ended() => Some(reading.at),
+            _ => None,
+        }
+    }
+
     /// Rows whose reading has ended.
     pub fn ended_points(&self) -> u64 {
         self.ended.load(Ordering::Acquire)
     }
 
-    fn inside(&self, tree: &RwLock<Tree>, scope: FileId) -> ScopeBits {
+    fn inside(&self, tree: &RwLock<Tree>, scope: FileId, deadline: Option<Instant>) -> Result<ScopeBits, Late> {
         let tree = tree.read();
         let epoch = tree.epoch();
         if let Some(known) = &*self.scope.lock()
             && known.scope == scope
             && known.epoch == epoch
         {
-            return known.clone();
+            return Ok(known.clone());
         }
         let mut rows = 0;
-        let inside = self
-            .readings()
-            .iter()
-            .map(|reading| {
-                let inside = !reading.ended() && tree.in_scope(reading.file, scope);
-                rows += if inside { u64::from(reading.rows) } else { 0 };
-                inside
-            })
-            .collect();
+        let mut inside = Vec::new();
+        for reading in self.readings() {
+            if inside.len() % LOOK_EVERY == 0 && deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                return Err(Late);
+            }
+            let within = !reading.ended() && tree.in_scope(reading.file, scope);
+            rows += if within { u64::from(reading.rows) } else { 0 };
+            inside.push(within);
+        }
         let bits = ScopeBits { scope, epoch, inside: Arc::new(inside), rows };
         *self.scope.lock() = Some(bits.clone());
-        bits
+        Ok(bits)
     }
 
     /// Has any file of the part a name below `scope`?
-    pub fn reaches(&self, tree: &RwLock<Tree>, scope: FileId) -> bool {
-        let bits = self.inside(tree, scope);
-        self.readings().iter().enumerate().any(|(number, reading)| {
+    pub fn reaches(&self, tree: &RwLock<Tree>, scope: FileId, deadline: Option<Instant>) -> Result<bool, Late> {
+        let bits = self.inside(tree, scope, deadline)?;
+        Ok(self.readings().enumerate().any(|(number, reading)| {
             // A reading newer than the bits is asked for by itself.
             let inside = bits.inside.get(number).copied();
             !reading.ended() && inside.unwrap_or_else(|| tree.read().in_scope(reading.file, scope))
-        })
+        }))
     }
 
     /// The filter of a search; `None` if (but for the few that are being written now) every point passes.
-    pub fn filter<'a>(&'a self, view: &'a View<'a>) -> Option<PartFilter<'a>> {
+    pub fn filter<'a>(&'a self, view: &'a View<'a>) -> Result<Option<PartFilter<'a>>, Late> {
         let ended = self.ended_points();
         if ended == 0 && view.scope.is_none() && view.rejected.is_empty() {
-            return None;
+            return Ok(None);
         }
-        Some(self.forced_filter(view))
+        self.forced_filter(view).map(Some)
     }
 
     /// As [`Part::filter`], where a search without it met a row that must not be returned.
-    pub fn forced_filter<'a>(&'a self, view: &'a View<'a>) -> PartFilter<'a> {
+    pub fn forced_filter<'a>(&'a self, view: &'a View<'a>) -> Result<PartFilter<'a>, Late> {
         let all = self.index().len() as u64;
         let (inside, passing) = match view.scope {
             Some(scope) => {
-                let bits = self.inside(view.tree, scope);
+                let bits = self.inside(view.tree, scope, view.deadline)?;
                 (Some(bits.inside), bits.rows)
             }
             None => (None, all.saturating_sub(self.ended_points())),
         };
         let selectivity = if all == 0 { 0.0 } else { (passing as f32 / all as f32).min(1.0) };
-        PartFilter { part: self, view, inside, selectivity }
+        Ok(PartFilter { part: self, view, inside, selectivity })
     }
 }
 
@@ -323,7 +346,16 @@ pub struct View<'a> {
     pub exclude: Option<(FileId, u32)>,
     /// Files that turned out not to be what the index holds, or not the caller's to see.
     pub rejected: &'a [FileId],
+    /// When to give up.
+    pub deadline: Option<Instant>,
 }
+
+/// The deadline passed.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Late;
+
+/// Files between two looks at the clock.
+const LOOK_EVERY: usize = 1024;
 
 impl View<'_> {
     /// May this row be returned, its scope aside?

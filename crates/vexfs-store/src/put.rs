@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use vexfs_index::{Element, Flat, Space, VectorError};
 
@@ -71,6 +72,7 @@ impl Volume {
         let count = rows.len() / target.space.row_bytes();
         let count_u32 = u32::try_from(count)
             .map_err(|_| PutError::TooLarge(format!("{count} rows are more than a file may bring")))?;
+        inner.wait_for_room(collection);
         let generation = {
             let mut writer = inner.writer.lock();
             writer.meta.next_generation += 1;
@@ -152,6 +154,10 @@ impl Volume {
         for part in parts.iter().flat_map(|parts| parts.iter()) {
             let slot = part.find(&wanted, row);
             if let Some(slot) = slot.filter(|_| wanted.live_at(version)) {
+                if let Err(error) = part.trust(slot) {
+                    self.inner.quarantine(&collection, part, &error);
+                    return None;
+                }
                 let mut vector = Vec::new();
                 part.index().space().decode(part.index().row(slot), &mut vector);
                 return Some(vector);
@@ -222,7 +228,22 @@ impl Volume {
     }
 }
 
+/// How often a writer looks whether there is room.
+const ROOM_STEP: Duration = Duration::from_millis(5);
+
 impl Inner {
+    /// Back pressure: waits while too much of the collection is unsealed. Not for a disk that refuses: then the points
+    /// stay in memory, and are found.
+    fn wait_for_room(&self, collection: &Collection) {
+        let before = self.failures.load(Ordering::Acquire);
+        while collection.unsealed_bytes() > self.budget.unsealed
+            && self.tended.load(Ordering::Acquire)
+            && self.failures.load(Ordering::Acquire) == before
+        {
+            std::thread::sleep(ROOM_STEP);
+        }
+    }
+
     /// The collection of the nearest ancestor that has one.
     pub(crate) fn nearest(&self, dir: FileId) -> Option<Arc<Collection>> {
         let chain = self.tree.read().ancestors(dir);

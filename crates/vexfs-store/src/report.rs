@@ -1,6 +1,7 @@
 //! What the volume tells of itself.
 
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use serde::Serialize;
 
@@ -25,10 +26,23 @@ pub struct Report {
     pub collections: Vec<CollectionReport>,
     /// Points of these collections that are not in a graph yet.
     pub pending: u64,
+    /// How long the oldest of them has waited, in milliseconds; null if none does.
+    pub oldest_pending_ms: Option<u64>,
     /// Files that are kept but not indexed, with the reason; at most [`MAX_ERRORS`].
     pub errors: Vec<FileError>,
+    /// Segments that were given up since the volume was opened because their bytes are not those that were written.
+    pub quarantined: Vec<Quarantined>,
     /// The last thing that went wrong behind; null if nothing has.
     pub last_error: Option<String>,
+}
+
+/// A segment that was given up; its files are read again.
+#[derive(Clone, Debug, Serialize)]
+pub struct Quarantined {
+    /// Its file's name under `segments/`.
+    pub segment: String,
+    /// Why.
+    pub error: String,
 }
 
 /// Vector files by what came of them.
@@ -116,6 +130,7 @@ impl Volume {
         }
         errors.sort_by(|a, b| a.path.cmp(&b.path));
         let mut collections = Vec::new();
+        let mut oldest: Option<Instant> = None;
         for collection in inner.collections.read().values() {
             let row = collection.row.lock().clone();
             if !tree.dir_in_scope(row.dir, scope) && !tree.dir_in_scope(scope, row.dir) {
@@ -124,6 +139,7 @@ impl Volume {
             let schema = collection.schema.load_full();
             let parts = collection.parts.load();
             let sum = |count: fn(&Part) -> u64| parts.iter().map(|part| count(part)).sum::<u64>();
+            oldest = parts.iter().filter_map(|part| part.oldest_pending()).chain(oldest).min();
             let directory = tree.dir_path(row.dir, FileId::ROOT).unwrap_or_default();
             collections.push(CollectionReport {
                 directory: String::from_utf8_lossy(&directory).into_owned(),
@@ -147,7 +163,14 @@ impl Volume {
             files,
             collections,
             pending,
+            oldest_pending_ms: oldest.map(|at| at.elapsed().as_millis() as u64),
             errors,
+            quarantined: inner
+                .quarantined
+                .lock()
+                .iter()
+                .map(|(id, error)| Quarantined { segment: format!("{:016x}.seg", id.0), error: error.clone() })
+                .collect(),
             last_error: inner.last_error.lock().clone(),
         }
     }

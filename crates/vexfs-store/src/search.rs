@@ -10,7 +10,8 @@ use crate::catalog::Fingerprint;
 use crate::collection::Collection;
 use crate::error::SearchError;
 use crate::id::FileId;
-use crate::part::{Part, PartFilter, View};
+use crate::part::{Late, Part, PartFilter, View};
+use crate::segment::SegmentError;
 use crate::volume::{Inner, Volume};
 
 /// Most hits that a query may ask for.
@@ -89,6 +90,8 @@ impl Volume {
             let before = rejected.len();
             answer.hits.clear();
             for candidate in candidates {
+                // A verdict is a look at the file system, and there may be thousands.
+                in_time(query)?;
                 let path = paths
                     .entry(candidate.file)
                     .or_insert_with(|| inner.permitted_path(candidate.file, query.scope, verdict));
@@ -107,6 +110,13 @@ impl Volume {
             // What was rejected once is filtered in the walk; ask for more to meet the next ones sooner.
             want = want.saturating_mul(2).max(k + 16);
         }
+    }
+}
+
+fn in_time(query: &Query) -> Result<(), SearchError> {
+    match query.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+        true => Err(SearchError::Deadline),
+        false => Ok(()),
     }
 }
 
@@ -140,23 +150,26 @@ impl Inner {
     /// The collections that a query asks; `None` where the scope has none with points.
     fn choose(&self, query: &Query) -> Result<Option<Chosen>, SearchError> {
         let all: Vec<Arc<Collection>> = self.collections.read().values().cloned().collect();
-        let related: Vec<Arc<Collection>> = all
-            .into_iter()
-            .filter(|collection| {
-                let root = collection.row.lock().dir;
-                let (below, around) = {
-                    let tree = self.tree.read();
-                    (tree.dir_in_scope(root, query.scope), tree.dir_in_scope(query.scope, root))
-                };
-                let parts = collection.parts.load();
-                let alive = |part: &Arc<Part>| part.index().len() as u64 > part.ended_points();
-                match below {
-                    true => parts.iter().any(alive),
-                    // One that begins above counts if it has files here.
-                    false => around && parts.iter().any(|part| alive(part) && part.reaches(&self.tree, query.scope)),
+        let mut related: Vec<Arc<Collection>> = Vec::new();
+        for collection in all {
+            let root = collection.row.lock().dir;
+            let (below, around) = {
+                let tree = self.tree.read();
+                (tree.dir_in_scope(root, query.scope), tree.dir_in_scope(query.scope, root))
+            };
+            let mut asked = false;
+            for part in collection.parts.load().iter() {
+                let alive = part.index().len() as u64 > part.ended_points();
+                // One that begins above counts if it has files here.
+                if alive && (below || around && part.reaches(&self.tree, query.scope, query.deadline)?) {
+                    asked = true;
+                    break;
                 }
-            })
-            .collect();
+            }
+            if asked {
+                related.push(collection);
+            }
+        }
         let mut have = Vec::new();
         let mut fitting: Vec<(Metric, Arc<Collection>)> = Vec::new();
         for collection in related {
@@ -190,7 +203,7 @@ impl Inner {
         Ok(Some((*metric, fitting.into_iter().map(|(_, collection)| collection).collect())))
     }
 
-    /// The nearest `want` rows of all parts, nearest first.
+    /// The nearest `want` rows of all parts, nearest first. A part that has rotted is given up, and the rest is asked.
     fn gather(
         &self,
         query: &Query,
@@ -200,6 +213,24 @@ impl Inner {
         rejected: &[FileId],
         distances: &mut u64,
     ) -> Result<Vec<Candidate>, SearchError> {
+        loop {
+            match self.gather_from_sound(query, metric, chosen, want, rejected, distances) {
+                Ok(found) => return Ok(found),
+                Err(Trouble::Search(error)) => return Err(error),
+                Err(Trouble::Rotten(collection, part, error)) => self.quarantine(&collection, &part, &error),
+            }
+        }
+    }
+
+    fn gather_from_sound(
+        &self,
+        query: &Query,
+        metric: Metric,
+        chosen: &[Arc<Collection>],
+        want: usize,
+        rejected: &[FileId],
+        distances: &mut u64,
+    ) -> Result<Vec<Candidate>, Trouble> {
         let (version, snapshot) = self.snapshot(chosen);
         let mut found = Vec::new();
         self.with_scratch(|scratch| {
@@ -213,8 +244,10 @@ impl Inner {
                     scope: (!whole).then_some(query.scope),
                     exclude: query.exclude,
                     rejected,
+                    deadline: query.deadline,
                 };
                 for part in parts.iter() {
+                    in_time(query)?;
                     let mut ask = |filter: Option<&PartFilter<'_>>| {
                         let request = Request {
                             k: want + usize::from(query.exclude.is_some()),
@@ -230,15 +263,16 @@ impl Inner {
                             .search(&query.vector, &request, scratch, &mut neighbors)
                             .map_err(|_| SearchError::Deadline)?;
                         *distances += stats.distances;
-                        Ok::<bool, SearchError>(take(part, &view, &neighbors, &mut found))
+                        take(part, &view, &neighbors, &mut found)
+                            .map_err(|error| Trouble::Rotten(Arc::clone(collection), Arc::clone(part), error))
                     };
-                    if !ask(part.filter(&view).as_ref())? {
+                    if !ask(part.filter(&view).map_err(SearchError::from)?.as_ref())? {
                         // Rows are being written or have just ended: ask again with the filter on.
-                        ask(Some(&part.forced_filter(&view)))?;
+                        ask(Some(&part.forced_filter(&view).map_err(SearchError::from)?))?;
                     }
                 }
             }
-            Ok::<(), SearchError>(())
+            Ok::<(), Trouble>(())
         })?;
         found.sort_by(|a, b| a.distance.total_cmp(&b.distance).then(a.file.cmp(&b.file)).then(a.row.cmp(&b.row)));
         found.truncate(want);
@@ -255,19 +289,44 @@ impl Inner {
     }
 }
 
-/// Adds what the view allows; false (and nothing is added) if something isn't but for the excluded point.
-fn take(part: &Part, view: &View<'_>, neighbors: &[Neighbor], found: &mut Vec<Candidate>) -> bool {
+impl From<Late> for SearchError {
+    fn from(_: Late) -> SearchError {
+        SearchError::Deadline
+    }
+}
+
+/// Why parts could not be asked.
+enum Trouble {
+    Search(SearchError),
+    Rotten(Arc<Collection>, Arc<Part>, SegmentError),
+}
+
+impl From<SearchError> for Trouble {
+    fn from(error: SearchError) -> Trouble {
+        Trouble::Search(error)
+    }
+}
+
+/// Adds what the view allows; false (and nothing is added) if something isn't but for the excluded point. An error if
+/// a distance was computed from bytes that are not those that were written.
+fn take(
+    part: &Part,
+    view: &View<'_>,
+    neighbors: &[Neighbor],
+    found: &mut Vec<Candidate>,
+) -> Result<bool, SegmentError> {
     let before = found.len();
     for neighbor in neighbors {
+        part.trust(neighbor.slot)?;
         let Some((reading, row)) = part.resolve(neighbor.slot) else { continue };
         if view.exclude == Some((reading.file, row)) {
             continue;
         }
         if !view.allows(reading, row) {
             found.truncate(before);
-            return false;
+            return Ok(false);
         }
         found.push(Candidate { file: reading.file, row, distance: neighbor.distance });
     }
-    true
+    Ok(true)
 }

@@ -2,10 +2,14 @@
 //!
 //! Sections start at multiples of 4,096 and are followed by one checksum for each block of 64 KiB and a footer of
 //! fixed size, last. A segment is written under a temporary name, synced, renamed, and its folder synced, before
-//! the catalog names it. Opening verifies every block: a hit is never computed from bytes that rotted.
+//! the catalog names it. Opening verifies every block but those of full vectors, which are most of a segment: these are
+//! verified before a hit of theirs is returned ([`Segment::trust`]) and, all of them, behind ([`Segment::verify`]). So a
+//! hit is never computed from bytes that rotted.
 
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use vexfs_index::{Bytes, Element, FormatError, Index, Metric, Region, Sealed, Space};
 
@@ -108,7 +112,9 @@ pub fn write(disk: &dyn Disk, id: SegmentId, content: &Content<'_>) -> io::Resul
     let temporary = format!("{path}.tmp");
     let result = write_to(disk, &temporary, id, content)
         .and_then(|()| disk.rename(&temporary, &path))
-        .and_then(|()| disk.sync_dir("segments"));
+        .and_then(|()| disk.sync_dir("segments"))
+        // The folder's own name: it may have been made just now.
+        .and_then(|()| disk.sync_dir(""));
     if result.is_err() {
         // Best effort: an orphan is removed by the next open.
         for name in [&temporary, &path] {
@@ -232,21 +238,26 @@ pub struct Segment {
     pub index: Sealed,
     /// Bytes on disk.
     pub bytes: u64,
+    /// Bytes that walks read at random places.
+    pub hot_bytes: u64,
     points: Slice,
+    vectors: Unproven,
 }
 
 impl Segment {
-    /// Opens a segment and verifies all of it.
+    /// Opens a segment and verifies all of it but full vectors.
     pub fn open(disk: &dyn Disk, id: SegmentId) -> Result<Segment, SegmentError> {
         let region = disk.map(&id.path())?;
         let parsed = parse(region.bytes(), id)?;
         let [files, points, vectors, codes, graph] = parsed.sections;
-        let section = |range: Range<usize>| -> Region { std::sync::Arc::new(Slice { region: region.clone(), range }) };
-        let index = Sealed::open(parsed.space, section(vectors), section(codes), section(graph))?;
+        // Rows that are their own codes have none beside them.
+        let walked = if codes.is_empty() { vectors.len() } else { codes.len() };
+        let hot_bytes = (walked + graph.len()) as u64;
+        let section = |range: Range<usize>| -> Region { Arc::new(Slice { region: region.clone(), range }) };
+        let index = Sealed::open(parsed.space, section(vectors.clone()), section(codes), section(graph))?;
         if index.len() != parsed.points {
             return Err(SegmentError::Malformed("the graph has another number of points"));
         }
-        index.warm();
         let bytes = region.bytes();
         let files = bytes[files]
             .chunks_exact(FILE_ENTRY)
@@ -260,7 +271,27 @@ impl Segment {
         if points.bytes().chunks_exact(POINT_ENTRY).any(|entry| u32_at(entry, 0) as usize >= files.len()) {
             return Err(SegmentError::Malformed("a point names a file that isn't listed"));
         }
-        Ok(Segment { id, files, index, bytes: bytes.len() as u64, points })
+        let (bytes, row_bytes) = (bytes.len() as u64, parsed.space.row_bytes());
+        let vectors = Unproven::new(region, parsed.checksums, vectors, row_bytes);
+        Ok(Segment { id, files, index, bytes, hot_bytes, points, vectors })
+    }
+
+    /// Is it of this schema? A search would read rows of another length than they have.
+    pub fn fits(&self, space: Option<&Space>) -> Result<(), SegmentError> {
+        match space == Some(self.index.space()) {
+            true => Ok(()),
+            false => Err(SegmentError::Malformed("rows of another kind than its collection's")),
+        }
+    }
+
+    /// Is the full vector of a slot as it was written?
+    pub fn trust(&self, slot: usize) -> Result<(), SegmentError> {
+        self.vectors.prove_row(slot)
+    }
+
+    /// Verifies what [`Segment::open`] left. False if it was stopped.
+    pub fn verify(&self, stop: &AtomicBool) -> Result<bool, SegmentError> {
+        self.vectors.prove_all(stop)
     }
 
     /// Index into `files` and row of a slot.
@@ -270,10 +301,73 @@ impl Segment {
     }
 }
 
+/// Blocks of full vectors, and which of them were found to be as they were written.
+struct Unproven {
+    region: Region,
+    checksums: Range<usize>,
+    vectors: Range<usize>,
+    row_bytes: usize,
+    proven: Vec<AtomicBool>,
+    all: AtomicBool,
+}
+
+impl Unproven {
+    fn new(region: Region, checksums: Range<usize>, vectors: Range<usize>, row_bytes: usize) -> Unproven {
+        let proven = blocks_of(&vectors).map(|_| AtomicBool::new(false)).collect();
+        Unproven { region, checksums, vectors, row_bytes, proven, all: AtomicBool::new(false) }
+    }
+
+    fn prove(&self, block: usize) -> Result<(), SegmentError> {
+        let Some(proven) = self.proven.get(block - blocks_of(&self.vectors).start) else { return Ok(()) };
+        if !proven.load(Ordering::Relaxed) {
+            check_block(self.region.bytes(), &self.checksums, block)?;
+            proven.store(true, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn prove_row(&self, slot: usize) -> Result<(), SegmentError> {
+        if self.all.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let start = self.vectors.start + slot * self.row_bytes;
+        blocks_of(&(start..start + self.row_bytes)).try_for_each(|block| self.prove(block))
+    }
+
+    fn prove_all(&self, stop: &AtomicBool) -> Result<bool, SegmentError> {
+        for block in blocks_of(&self.vectors) {
+            if stop.load(Ordering::Relaxed) {
+                return Ok(false);
+            }
+            self.prove(block)?;
+        }
+        self.all.store(true, Ordering::Relaxed);
+        Ok(true)
+    }
+}
+
+/// The blocks that a range of bytes touches.
+fn blocks_of(range: &Range<usize>) -> Range<usize> {
+    match range.is_empty() {
+        true => range.start / BLOCK..range.start / BLOCK,
+        false => range.start / BLOCK..range.end.div_ceil(BLOCK),
+    }
+}
+
+fn check_block(bytes: &[u8], checksums: &Range<usize>, block: usize) -> Result<(), SegmentError> {
+    let offset = block * BLOCK;
+    let data = bytes.get(offset..checksums.start.min(offset + BLOCK)).unwrap_or_default();
+    match crc32c::crc32c(data) == u32_at(bytes, checksums.start + block * 4) {
+        true => Ok(()),
+        false => Err(SegmentError::Checksum { offset }),
+    }
+}
+
 struct Parsed {
     space: Space,
     points: usize,
     sections: [Range<usize>; 5],
+    checksums: Range<usize>,
 }
 
 fn parse(bytes: &[u8], id: SegmentId) -> Result<Parsed, SegmentError> {
@@ -312,10 +406,10 @@ fn parse(bytes: &[u8], id: SegmentId) -> Result<Parsed, SegmentError> {
     if crcs.len() != data.len().div_ceil(BLOCK) * 4 {
         return Err(Malformed("a checksum for each block is wanted"));
     }
-    for (n, block) in data.chunks(BLOCK).enumerate() {
-        if crc32c::crc32c(block) != u32_at(crcs, n * 4) {
-            return Err(SegmentError::Checksum { offset: n * BLOCK });
-        }
+    // A block that holds nothing but full vectors waits; see `Unproven`.
+    let waiting = vectors.start.div_ceil(BLOCK)..vectors.end / BLOCK;
+    for block in (0..data.len().div_ceil(BLOCK)).filter(|block| !waiting.contains(block)) {
+        check_block(bytes, &checksums, block)?;
     }
     let count = u64_at(foot, footer::POINTS) as usize;
     let metric = metric_of(foot[footer::METRIC]).ok_or(Malformed("an unknown metric"))?;
@@ -328,7 +422,7 @@ fn parse(bytes: &[u8], id: SegmentId) -> Result<Parsed, SegmentError> {
     {
         return Err(Malformed("sections of other lengths than the points ask for"));
     }
-    Ok(Parsed { space, points: count, sections: [files, points, vectors, codes, graph] })
+    Ok(Parsed { space, points: count, sections: [files, points, vectors, codes, graph], checksums })
 }
 
 struct Slice {

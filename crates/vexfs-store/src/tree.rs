@@ -45,6 +45,11 @@ impl Tree {
         self.files.iter().map(|(id, row)| (*id, row))
     }
 
+    /// All directories.
+    pub fn dirs(&self) -> impl Iterator<Item = (FileId, &Link)> {
+        self.dirs.iter().map(|(id, link)| (*id, link))
+    }
+
     /// Directory rows.
     pub fn dir(&self, dir: FileId) -> Option<&Link> {
         self.dirs.get(&dir)

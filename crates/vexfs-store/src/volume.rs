@@ -12,19 +12,19 @@ use parking_lot::{Condvar, Mutex, RwLock};
 use serde::{Deserialize, Serialize};
 use vexfs_index::Scratch;
 
-use crate::catalog::{Catalog, Changes, CollectionRow, Content, Meta, Rows};
+use crate::budget::Budget;
+use crate::catalog::{Catalog, Changes, CollectionRow, Content, FileRow, Meta, Rows, SourceMark};
 use crate::collection::Collection;
-use crate::disk::{Disk, read_small, write_small};
+use crate::disk::Disk;
 use crate::error::{CommitError, OpenError};
 use crate::id::{CollectionId, FileId, Generation, SegmentId};
+use crate::identity;
 use crate::maintain;
 use crate::part::{Part, Reading};
+use crate::rekey::{Locate, rekey};
 use crate::schema::Schema;
-use crate::segment::Segment;
+use crate::segment::{Segment, SegmentError};
 use crate::tree::Tree;
-
-/// The state directory's version that this build reads and writes.
-pub const FORMAT_VERSION: u32 = 1;
 
 /// When a new point is linked into its graph. Both ways it is found as soon as `close(2)` returned.
 #[derive(Copy, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,26 +37,33 @@ pub enum SyncMode {
     Lazy,
 }
 
+/// Makes all bytes of the source durable.
+pub type SyncSource = Arc<dyn Fn() -> std::io::Result<()> + Send + Sync>;
+
 /// How a volume is opened.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Options {
     /// See [`SyncMode`].
     pub sync: SyncMode,
     /// The source's root directory, to tell a copied volume.
     pub root_inode: u64,
+    /// When that directory was made, nanoseconds since 1970; 0 where the file system doesn't tell.
+    pub root_born: i128,
+    /// Finds the files of a copied volume; without it they are all read again.
+    pub locate: Option<Locate>,
     /// Cores that building a segment may use.
     pub threads: usize,
-}
-
-/// What `volume.toml` holds.
-#[derive(Serialize, Deserialize)]
-struct VolumeFile {
-    format: u32,
-    uuid: String,
+    /// Bytes that may be kept in memory, see `budget.rs`; `None`: as many as are useful.
+    pub memory: Option<u64>,
+    /// Which boot of the machine this is: in another one than the last, power may have been lost.
+    pub boot: String,
+    /// So that fewer files must be read again after a power cut; without it all since the volume was made.
+    pub sync_source: Option<SyncSource>,
 }
 
 pub(crate) struct Writer {
     pub(crate) meta: Meta,
+    pub(crate) source: SourceMark,
     pub(crate) dirty_collections: BTreeSet<CollectionId>,
     /// Manifest rows to write.
     pub(crate) dirty_segments: BTreeMap<SegmentId, Option<CollectionId>>,
@@ -67,6 +74,7 @@ pub(crate) struct Writer {
 pub(crate) struct Inner {
     pub(crate) disk: Arc<dyn Disk>,
     pub(crate) options: Options,
+    pub(crate) budget: Budget,
     pub(crate) sync: AtomicU8,
     pub(crate) uuid: String,
     pub(crate) tree: RwLock<Tree>,
@@ -80,19 +88,29 @@ pub(crate) struct Inner {
     pub(crate) version: AtomicU64,
     /// Odd while a list of parts is exchanged; see [`Inner::snapshot`].
     pub(crate) exchange: AtomicU64,
-    catalog: Mutex<Catalog>,
+    pub(crate) catalog: Mutex<Catalog>,
     durable: AtomicU64,
     pub(crate) last_error: Mutex<Option<String>>,
+    /// Segments that were given up since open, with the reason.
+    pub(crate) quarantined: Mutex<Vec<(SegmentId, String)>>,
+    /// Files that are to be read again because what was known of them is lost.
+    pub(crate) unread: Mutex<Vec<FileId>>,
     pub(crate) scratch: Mutex<Vec<Scratch>>,
     pub(crate) stop: AtomicBool,
     pub(crate) wake: (Mutex<bool>, Condvar),
     pub(crate) scanned_files: AtomicU64,
+    /// Held by who makes one segment of others.
+    pub(crate) rewriting: Mutex<()>,
+    /// Counts rewritings that failed.
+    pub(crate) failures: AtomicU64,
+    /// The threads run.
+    pub(crate) tended: AtomicBool,
 }
 
 /// An open volume. Dropping it without [`Volume::close`] is what a crash does, but for the threads' end.
 pub struct Volume {
     pub(crate) inner: Arc<Inner>,
-    threads: Vec<JoinHandle<()>>,
+    pub(crate) threads: Vec<JoinHandle<()>>,
 }
 
 /// What opening found to do before the volume may answer.
@@ -102,13 +120,23 @@ pub struct Recovery {
     pub unread: Vec<FileId>,
     /// Segments that could not be served, with the reason; their files are in `unread`.
     pub quarantined: Vec<(SegmentId, String)>,
-    /// The catalog was another directory's; all files must be found anew.
+    /// The catalog was another directory's; what was found under its path, size and time has its new number, and the
+    /// rest must be found anew.
     pub rekeyed: bool,
 }
 
 impl Volume {
     /// Opens or makes the volume whose state directory is `disk`.
     pub fn open(disk: Arc<dyn Disk>, options: Options) -> Result<(Volume, Recovery), OpenError> {
+        let (mut volume, recovery) = Volume::open_still(disk, options)?;
+        volume.threads =
+            maintain::start(&volume.inner).map_err(|source| OpenError::Io { what: "threads".to_owned(), source })?;
+        volume.inner.tended.store(true, Ordering::Release);
+        Ok((volume, recovery))
+    }
+
+    /// As [`Volume::open`], without the threads: nothing is linked, sealed or committed but by who asks for it.
+    pub(crate) fn open_still(disk: Arc<dyn Disk>, options: Options) -> Result<(Volume, Recovery), OpenError> {
         let io = |what: &str| {
             let what = what.to_owned();
             move |source| OpenError::Io { what, source }
@@ -116,17 +144,21 @@ impl Volume {
         if !disk.lock().map_err(io("lock"))? {
             return Err(OpenError::Busy);
         }
-        let uuid = open_volume_file(&*disk)?;
+        let uuid = identity::open(&*disk)?;
         let (catalog, rows) = Catalog::open(&*disk)?;
         let mut recovery = Recovery::default();
         let inner = Arc::new(load(disk, options, uuid, catalog, rows, &mut recovery)?);
-        let threads = maintain::start(&inner).map_err(|source| OpenError::Io { what: "threads".to_owned(), source })?;
-        Ok((Volume { inner, threads }, recovery))
+        Ok((Volume { inner, threads: Vec::new() }, recovery))
     }
 
     /// Makes all that happened so far durable. Many callers share one transaction.
     pub fn commit(&self) -> Result<(), CommitError> {
         self.inner.commit()
+    }
+
+    /// Files that are to be read again because a segment had to be given up since the last call.
+    pub fn take_unread(&self) -> Vec<FileId> {
+        std::mem::take(&mut *self.inner.unread.lock())
     }
 
     /// The mode that new points are linked in.
@@ -148,10 +180,12 @@ impl Volume {
     pub fn close(mut self) -> Result<(), CommitError> {
         self.stop_threads();
         maintain::seal_for_close(&self.inner);
+        self.inner.sync_source();
         self.inner.commit()
     }
 
     fn stop_threads(&mut self) {
+        self.inner.tended.store(false, Ordering::Release);
         self.inner.stop.store(true, Ordering::Release);
         self.inner.wake();
         for thread in self.threads.drain(..) {
@@ -170,34 +204,6 @@ impl Drop for Volume {
     }
 }
 
-fn open_volume_file(disk: &dyn Disk) -> Result<String, OpenError> {
-    const NAME: &str = "volume.toml";
-    let io = |source| OpenError::Io { what: NAME.to_owned(), source };
-    if let Some(bytes) = read_small(disk, NAME).map_err(io)? {
-        let text = std::str::from_utf8(&bytes).map_err(|error| OpenError::VolumeFile(error.to_string()))?;
-        let file: VolumeFile =
-            toml::from_str(text).map_err(|error| OpenError::VolumeFile(error.message().to_owned()))?;
-        if file.format != FORMAT_VERSION {
-            return Err(OpenError::Version { found: file.format, supported: FORMAT_VERSION });
-        }
-        return Ok(file.uuid);
-    }
-    let uuid = new_uuid().map_err(io)?;
-    let text = format!("# A VexFS volume's state. Don't edit.\nformat = {FORMAT_VERSION}\nuuid = \"{uuid}\"\n");
-    write_small(disk, NAME, text.as_bytes()).map_err(io)?;
-    Ok(uuid)
-}
-
-/// A random UUID (RFC 9562, version 4) from the kernel's generator.
-fn new_uuid() -> std::io::Result<String> {
-    let mut b = [0u8; 16];
-    rustix::rand::getrandom(&mut b, rustix::rand::GetRandomFlags::empty())?;
-    b[6] = b[6] & 0x0f | 0x40;
-    b[8] = b[8] & 0x3f | 0x80;
-    let hex: String = b.iter().map(|byte| format!("{byte:02x}")).collect();
-    Ok([&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-"))
-}
-
 fn load(
     disk: Arc<dyn Disk>,
     options: Options,
@@ -209,17 +215,27 @@ fn load(
     let mut dirty_segments = BTreeMap::new();
     let mut dirty_collections = BTreeSet::new();
     let mut tree = Tree::default();
-    if rows.meta.root_inode != 0 && rows.meta.root_inode != options.root_inode {
-        // A copied or restored volume: inode numbers mean nothing here. Files hold the truth.
-        log::warn!("the source directory is another one than when the volume was closed: reading all files anew");
+    let mut source = rows.source.take().unwrap_or_default();
+    let born = |known: i128| known != 0 && options.root_born != 0 && known != options.root_born;
+    let copied = rows.meta.root_inode != 0 && rows.meta.root_inode != options.root_inode || born(source.root_born);
+    if !source.boot.is_empty() && source.boot != options.boot {
+        distrust(&mut rows.files, source.synced, &mut tree.dirty_files);
+    }
+    if copied {
+        // Inode numbers mean nothing here.
         recovery.rekeyed = true;
-        tree.dirty_files.extend(rows.files.drain(..).map(|(id, _)| id));
-        tree.dirty_dirs.extend(rows.dirs.drain(..).map(|(id, _)| id));
-        dirty_collections.extend(rows.collections.drain(..).map(|(id, _)| id));
-        dirty_segments.extend(rows.segments.drain(..).map(|(id, _)| (id, None)));
-        rows.meta.scanned = false;
+        tree.dirty_files.extend(rows.files.iter().map(|(id, _)| *id));
+        tree.dirty_dirs.extend(rows.dirs.iter().map(|(id, _)| *id));
+        dirty_collections.extend(rows.collections.iter().map(|(id, _)| *id));
+        let locate = options.locate.clone().unwrap_or_else(|| Arc::new(|_: &[u8]| None));
+        rekey(&mut rows, &*locate);
+        tree.dirty_files.extend(rows.files.iter().map(|(id, _)| *id));
+        tree.dirty_dirs.extend(rows.dirs.iter().map(|(id, _)| *id));
+        log::warn!("the source is another directory than it was: {} files have new numbers", rows.files.len());
     }
     rows.meta.root_inode = options.root_inode;
+    source.root_born = options.root_born;
+    source.boot.clone_from(&options.boot);
     let known: BTreeSet<String> =
         rows.segments.iter().filter_map(|(id, _)| id.path().strip_prefix("segments/").map(str::to_owned)).collect();
     let orphans = disk.list("segments").map_err(|source| OpenError::Io { what: "segments".to_owned(), source })?;
@@ -228,11 +244,12 @@ fn load(
         disk.remove(&path).map_err(|source| OpenError::Io { what: path, source })?;
     }
 
-    let generations: HashMap<FileId, Generation> = rows
+    // A generation is given once: it says whose rows these are, whatever number the file had then.
+    let generations: HashMap<Generation, FileId> = rows
         .files
         .iter()
         .filter_map(|(id, row)| match row.content {
-            Content::Indexed { generation, .. } => Some((*id, generation)),
+            Content::Indexed { generation, .. } => Some((generation, *id)),
             _ => None,
         })
         .collect();
@@ -249,7 +266,12 @@ fn load(
             dirty_segments.insert(id, None);
             continue;
         };
-        match Segment::open(&*disk, id) {
+        let schema = collection.schema.load_full();
+        let opened = Segment::open(&*disk, id).and_then(|segment| {
+            segment.fits(schema.as_ref().map(|schema| &schema.space))?;
+            Ok(segment)
+        });
+        match opened {
             Ok(segment) => {
                 let part = revive(segment, &generations, &mut readings);
                 let mut parts = Vec::clone(&collection.parts.load());
@@ -278,9 +300,19 @@ fn load(
     tree = Tree::new(rows.files, rows.dirs);
     tree.dirty_files = dirty_files;
     tree.dirty_dirs = dirty_dirs;
-    let last_error =
+    let mut last_error =
         recovery.quarantined.last().map(|(id, reason)| format!("segment {:016x} was given up: {reason}", id.0));
+    if catalog.repaired() {
+        last_error = Some("the catalog was damaged; redb went back to its last sound state".to_owned());
+    }
+    if rows.meta.next_segment == 0 && !orphans.is_empty() {
+        last_error = Some("the catalog was lost; every file is read again".to_owned());
+    }
+    if let Some(error) = &last_error {
+        log::error!("{error}");
+    }
     Ok(Inner {
+        budget: Budget::new(options.memory),
         sync: AtomicU8::new(options.sync as u8),
         disk,
         options,
@@ -289,21 +321,42 @@ fn load(
         collections: RwLock::new(collections),
         roots: RwLock::new(roots),
         readings: Mutex::new(readings),
-        writer: Mutex::new(Writer { meta: rows.meta, dirty_collections, dirty_segments, changes: 1 }),
+        writer: Mutex::new(Writer { meta: rows.meta, source, dirty_collections, dirty_segments, changes: 1 }),
         version: AtomicU64::new(1),
         exchange: AtomicU64::new(0),
         catalog: Mutex::new(catalog),
         durable: AtomicU64::new(0),
         last_error: Mutex::new(last_error),
+        quarantined: Mutex::new(recovery.quarantined.clone()),
+        unread: Mutex::new(Vec::new()),
         scratch: Mutex::new(Vec::new()),
         stop: AtomicBool::new(false),
         wake: (Mutex::new(false), Condvar::new()),
         scanned_files: AtomicU64::new(0),
+        rewriting: Mutex::new(()),
+        failures: AtomicU64::new(0),
+        tended: AtomicBool::new(false),
     })
 }
 
+/// After a power cut the bytes of a file may be older than its times tell: what was read of bytes that were not known to
+/// be durable is to be read again.
+fn distrust(files: &mut [(FileId, FileRow)], synced: u64, dirty: &mut BTreeSet<FileId>) {
+    for (id, row) in files {
+        let durable = match row.content {
+            Content::Indexed { generation, .. } => generation.0 <= synced,
+            Content::Unread => true,
+            Content::Empty | Content::Refused { .. } => false,
+        };
+        if !durable {
+            row.content = Content::Unread;
+            dirty.insert(*id);
+        }
+    }
+}
+
 /// The schema of a row that has its shape.
-fn schema_of(row: &CollectionRow) -> Option<Schema> {
+pub(crate) fn schema_of(row: &CollectionRow) -> Option<Schema> {
     let (dimension, element) = row.shape.as_ref()?;
     row.config.complete(*dimension as usize, element.parse().ok()?).ok()
 }
@@ -311,19 +364,19 @@ fn schema_of(row: &CollectionRow) -> Option<Schema> {
 /// Tells which rows of a segment are live: those whose generation the catalog names.
 fn revive(
     segment: Segment,
-    generations: &HashMap<FileId, Generation>,
+    generations: &HashMap<Generation, FileId>,
     live: &mut HashMap<FileId, Arc<Reading>>,
 ) -> Arc<Part> {
     let readings = segment
         .files
         .iter()
-        .map(|file| {
-            let reading = Reading::unborn(file.file, file.generation, file.rows);
+        .map(|entry| {
+            let owner = generations.get(&entry.generation);
+            let reading = Reading::unborn(owner.copied().unwrap_or(entry.file), entry.generation, entry.rows);
             reading.bear(0);
-            if generations.get(&file.file) == Some(&file.generation) {
-                live.insert(file.file, Arc::clone(&reading));
-            } else {
-                reading.end(0);
+            match owner {
+                Some(file) => drop(live.insert(*file, Arc::clone(&reading))),
+                None => reading.end(0),
             }
             reading
         })
@@ -371,6 +424,32 @@ impl Inner {
         }
     }
 
+    /// Makes the source's bytes durable, if something was read that may not be, and notes it for the next commit.
+    pub(crate) fn sync_source(&self) {
+        let Some(sync) = &self.options.sync_source else { return };
+        let read = {
+            let writer = self.writer.lock();
+            if writer.source.synced >= writer.meta.next_generation {
+                return;
+            }
+            writer.meta.next_generation
+        };
+        match sync() {
+            Ok(()) => {
+                let mut writer = self.writer.lock();
+                writer.source.synced = read;
+                self.changed(&mut writer);
+            }
+            Err(error) => self.note(format!("the source can't be synced: {error}")),
+        }
+    }
+
+    /// Something went wrong behind: it is logged, and status tells it.
+    pub(crate) fn note(&self, message: String) {
+        log::error!("{message}");
+        *self.last_error.lock() = Some(message);
+    }
+
     /// All that changed since the last commit, of one moment.
     fn take_changes(&self) -> (Changes, u64) {
         let mut writer = self.writer.lock();
@@ -381,6 +460,7 @@ impl Inner {
         let known = self.collections.read();
         let changes = Changes {
             meta: writer.meta.clone(),
+            source: writer.source.clone(),
             files: files.into_iter().map(|id| (id, tree.file(id).cloned())).collect(),
             dirs: dirs.into_iter().map(|id| (id, tree.dir(id).cloned())).collect(),
             collections: collections
@@ -402,6 +482,45 @@ impl Inner {
         for (id, row) in &changes.segments {
             writer.dirty_segments.entry(*id).or_insert(*row);
         }
+    }
+
+    /// Gives up a part whose bytes are not those that were written: from now on it is not searched, and its files are to
+    /// be read again.
+    pub(crate) fn quarantine(&self, collection: &Collection, part: &Arc<Part>, why: &SegmentError) {
+        let mut writer = self.writer.lock();
+        let mut parts = Vec::clone(&collection.parts.load());
+        let before = parts.len();
+        parts.retain(|known| !Arc::ptr_eq(known, part));
+        let Some(segment) = part.as_segment().filter(|_| parts.len() < before) else { return };
+        writer.dirty_segments.insert(segment.id, None);
+        let mut lost = Vec::new();
+        {
+            let mut readings = self.readings.lock();
+            let mut tree = self.tree.write();
+            let next = self.version.load(Ordering::Acquire) + 1;
+            for reading in part.readings().filter(|reading| !reading.ended()) {
+                reading.end(next);
+                if readings.get(&reading.file).is_some_and(|current| Arc::ptr_eq(current, reading)) {
+                    readings.remove(&reading.file);
+                    if let Some(row) = tree.file_mut(reading.file) {
+                        row.content = Content::Unread;
+                        lost.push(reading.file);
+                    }
+                }
+            }
+            self.version.store(next, Ordering::Release);
+        }
+        self.exchange_parts(collection, parts);
+        self.changed(&mut writer);
+        drop(writer);
+        self.budget.cooled(segment);
+        self.note(format!(
+            "segment {:016x} is given up and its {} files are read again: {why}",
+            segment.id.0,
+            lost.len()
+        ));
+        self.quarantined.lock().push((segment.id, why.to_string()));
+        self.unread.lock().extend(lost);
     }
 
     /// Exchanges a collection's parts. Held under the writer's lock.

@@ -31,6 +31,10 @@ pub struct MountArgs {
     /// Where the index is kept [default: SOURCE/.vexfs].
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
+    /// Memory that the index may keep, such as 64M or 2G: heads, what waits to be sealed, copies for faster searches. A
+    /// build takes more while it lasts [default: what is useful].
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    memory: Option<u64>,
     /// close(2) and fsync(2) of a file that can't be indexed fail.
     #[arg(long)]
     strict: bool,
@@ -48,6 +52,21 @@ enum Sync {
     Lazy,
 }
 
+/// A number of bytes, with K, M, G or T for powers of 1,024.
+pub fn bytes(text: &str) -> Result<u64, String> {
+    let (digits, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+    let power = match unit {
+        "" => 0,
+        "K" => 1,
+        "M" => 2,
+        "G" => 3,
+        "T" => 4,
+        _ => return Err(format!("\"{unit}\" is none of K, M, G, T")),
+    };
+    let number: u64 = digits.parse().map_err(|_| "a number of bytes is wanted, such as 64M".to_owned())?;
+    number.checked_mul(1 << (10 * power)).ok_or_else(|| "that is too much".to_owned())
+}
+
 /// Mounts. In the background this returns when the mount answers.
 pub fn mount(args: MountArgs) -> Result<(), String> {
     if !args.foreground && !args.background_child {
@@ -61,6 +80,7 @@ pub fn mount(args: MountArgs) -> Result<(), String> {
             Sync::Immediate => SyncMode::Immediate,
             Sync::Lazy => SyncMode::Lazy,
         },
+        memory: args.memory,
         strict: args.strict,
         options: args.options,
     };

@@ -6,6 +6,7 @@ mod log;
 mod mounts;
 mod search;
 mod status;
+mod upkeep;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -33,6 +34,14 @@ enum Command {
     Search(search::SearchArgs),
     /// Tell what is mounted, indexed, pending and refused.
     Status(status::StatusArgs),
+    /// Check every checksum and invariant of a volume that isn't mounted.
+    Check(upkeep::CheckArgs),
+    /// Make the whole index of a volume that isn't mounted again from its files.
+    Rebuild(upkeep::RebuildArgs),
+    /// Compact the index.
+    Optimize(upkeep::OptimizeArgs),
+    /// Wait until all that happened is durable, and if asked linked.
+    Sync(upkeep::SyncArgs),
     /// Measure.
     Bench(BenchArgs),
 }
@@ -49,6 +58,8 @@ enum BenchCommand {
     Index(bench::index::IndexArgs),
     /// Filtered searches beside the unfiltered one and an exact scan of what is allowed.
     Filter(bench::filter::FilterArgs),
+    /// The store without a mount: inserts, bulk, opening, replacing.
+    Store(bench::store::StoreArgs),
 }
 
 fn main() -> ExitCode {
@@ -57,8 +68,13 @@ fn main() -> ExitCode {
         Command::Umount { mountpoint } => daemon::umount(&mountpoint),
         Command::Search(args) => search::run(&args),
         Command::Status(args) => status::run(&args),
+        Command::Check(args) => return upkeep::check(&args),
+        Command::Rebuild(args) => upkeep::rebuild(&args),
+        Command::Optimize(args) => upkeep::optimize(&args),
+        Command::Sync(args) => upkeep::sync(&args),
         Command::Bench(BenchArgs { what: BenchCommand::Index(args) }) => bench::index::index(&args),
         Command::Bench(BenchArgs { what: BenchCommand::Filter(args) }) => bench::filter::filter(&args),
+        Command::Bench(BenchArgs { what: BenchCommand::Store(args) }) => bench::store::store(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

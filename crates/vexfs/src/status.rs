@@ -85,7 +85,10 @@ fn print(volume: &Value) {
         number(files, "unread"),
         number(files, "refused")
     );
-    println!("  pending    {}", number(volume, "pending"));
+    match volume.get("oldest_pending_ms").and_then(Value::as_u64) {
+        Some(age) => println!("  pending    {}, the oldest for {age} ms", number(volume, "pending")),
+        None => println!("  pending    {}", number(volume, "pending")),
+    }
     for collection in volume["collections"].as_array().into_iter().flatten() {
         println!(
             "  collection /{}: {} points of {} x {}, {}, {} segments",
@@ -99,6 +102,9 @@ fn print(volume: &Value) {
     }
     for error in volume["errors"].as_array().into_iter().flatten() {
         println!("  refused    {}: {}", text(error, "path"), text(error, "error"));
+    }
+    for segment in volume["quarantined"].as_array().into_iter().flatten() {
+        println!("  given up   {}: {}", text(segment, "segment"), text(segment, "error"));
     }
     if let Some(error) = volume.get("last_error").and_then(Value::as_str) {
         println!("  last error {error}");

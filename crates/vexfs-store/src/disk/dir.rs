@@ -55,6 +55,7 @@ impl Disk for DirDisk {
     }
 
     fn list(&self, folder: &str) -> io::Result<Vec<String>> {
+        let folder = if folder.is_empty() { "." } else { folder };
         let fd = match openat(&self.root, folder, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) {
             Ok(fd) => fd,
             Err(rustix::io::Errno::NOENT) => return Ok(Vec::new()),

@@ -12,7 +12,7 @@ use std::io;
 use std::sync::Arc;
 
 pub use dir::DirDisk;
-pub use mem::{Fault, MemDisk};
+pub use mem::{Fault, MemDisk, Survivors};
 use vexfs_index::Region;
 
 /// A directory for the store's files. Names are relative, with `/`; their folders exist or are made.

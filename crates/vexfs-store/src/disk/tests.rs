@@ -20,6 +20,7 @@ fn behaves(disk: &dyn Disk) {
     file.set_len(0).unwrap();
     assert!(file.is_empty().unwrap());
     assert_eq!(disk.list("segments").unwrap(), ["x"]);
+    assert!(disk.list("").unwrap().contains(&"a".to_owned()));
     assert!(disk.list("absent").unwrap().is_empty());
     disk.sync_dir("segments").unwrap();
     disk.remove("segments/x").unwrap();
@@ -53,4 +54,54 @@ fn a_crash_keeps_what_was_synced() {
     assert!(file.write_at(0, b"torn!!").is_err());
     assert_eq!(disk.crash().map("a").unwrap().bytes(), b"toryn!");
     assert!(file.sync().is_err());
+}
+
+#[test]
+fn a_crash_may_keep_any_part_of_what_was_not_synced() {
+    let disk = MemDisk::default();
+    let file = disk.open("segments/a").unwrap();
+    file.sync().unwrap();
+    disk.sync_dir("segments").unwrap();
+    assert!(disk.crash().files().is_empty(), "the folder's own name was not synced");
+    disk.sync_dir("").unwrap();
+    assert_eq!(disk.crash().files(), ["segments/a"]);
+    file.write_at(0, &[1; 3 * 4096]).unwrap();
+    assert_eq!(disk.crash_with(Survivors::All).bytes("segments/a").unwrap(), [1; 3 * 4096]);
+    let mut lengths = std::collections::BTreeSet::new();
+    let mut holes = 0;
+    for seed in 0..200 {
+        let torn = disk.crash_with(Survivors::Torn(seed)).bytes("segments/a").unwrap();
+        assert!(torn.len() % 512 == 0 && torn.iter().all(|byte| *byte == 1));
+        lengths.insert(torn.len());
+        let some = disk.crash_with(Survivors::Some(seed)).bytes("segments/a").unwrap();
+        holes += usize::from(some.contains(&0));
+    }
+    assert!(lengths.len() > 10 && holes > 10, "{lengths:?} {holes}");
+    disk.rename("segments/a", "segments/b").unwrap();
+    let names: std::collections::BTreeSet<_> =
+        (0..50).map(|seed| disk.crash_with(Survivors::Some(seed)).files()).collect();
+    assert_eq!(names.len(), 2, "{names:?}");
+}
+
+#[test]
+fn each_fault_does_what_it_says() {
+    let disk = MemDisk::default();
+    let file = disk.open("a").unwrap();
+    disk.fail_at(disk.calls(), Fault::Short(28));
+    assert_eq!(file.write_at(0, b"four").unwrap_err().raw_os_error(), Some(28));
+    assert_eq!(disk.bytes("a").unwrap(), b"fo");
+    file.write_at(0, b"four").unwrap();
+    disk.fail_at(disk.calls(), Fault::Flip(0));
+    file.write_at(0, b"four").unwrap();
+    assert_eq!(disk.bytes("a").unwrap(), b"fotr");
+    disk.fail_at(disk.calls(), Fault::Slow(std::time::Duration::from_millis(5)));
+    let start = std::time::Instant::now();
+    file.sync().unwrap();
+    assert!(start.elapsed() >= std::time::Duration::from_millis(5));
+    disk.heal();
+    disk.fail_reads_from(disk.reads(), 5);
+    assert_eq!(file.len().unwrap_err().raw_os_error(), Some(5));
+    assert!(disk.map("a").is_err() && disk.list("").is_err() && file.read_at(0, &mut [0]).is_err());
+    disk.heal();
+    assert_eq!(file.len().unwrap(), 4);
 }

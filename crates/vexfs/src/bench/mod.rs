@@ -3,6 +3,7 @@
 pub mod filter;
 mod graph;
 pub mod index;
+pub mod store;
 
 use std::fs::File;
 use std::path::Path;

@@ -1,0 +1,77 @@
+//! Searches beside everything that exchanges parts: writes, unlinks, seals and merges, each on a thread of its own.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::*;
+
+const STABLE: u64 = 20;
+const ROWS: usize = 3;
+
+fn rows(n: u64) -> [[f32; 2]; ROWS] {
+    std::array::from_fn(|row| [1.0 + n as f32, 1.0 + row as f32])
+}
+
+fn put_rows(volume: &Volume, file: u64) {
+    let rows = rows(file);
+    let rows: Vec<&[f32]> = rows.iter().map(<[f32; 2]>::as_slice).collect();
+    put(volume, file, &format!("{file}.npy"), &rows);
+}
+
+/// What nobody touches is found by every search, each row once; of what is written all rows or none.
+fn whole(volume: &Volume) -> usize {
+    let answer = volume.search(&nearest(&[1.0, 1.0], 1_000), &mut |_, _, _| true).unwrap();
+    let mut files: BTreeMap<u64, BTreeSet<u32>> = BTreeMap::new();
+    for hit in answer.hits {
+        assert!(files.entry(hit.file.0).or_default().insert(hit.row), "{}#{} twice", hit.file.0, hit.row);
+    }
+    for file in 100..100 + STABLE {
+        assert_eq!(files.get(&file).map(BTreeSet::len), Some(ROWS), "{file}");
+    }
+    assert!(files.values().all(|rows| rows.len() == ROWS), "{files:?}");
+    files.len()
+}
+
+#[test]
+fn searches_beside_seals_merges_and_deletes_miss_nothing_and_see_nothing_twice() {
+    let (volume, _) = Volume::open_still(Arc::new(MemDisk::default()), options(SyncMode::Lazy)).unwrap();
+    (100..100 + STABLE).for_each(|file| put_rows(&volume, file));
+    let stop = AtomicBool::new(false);
+    let (mut searches, mut most) = (0, 0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for n in 0..1_500u64 {
+                let file = 200 + n % 7;
+                match n % 3 {
+                    0 | 1 => put_rows(&volume, file),
+                    _ => volume.unlink(FileId(file), &link(&format!("{file}.npy"))),
+                }
+            }
+            stop.store(true, Ordering::Release);
+        });
+        scope.spawn(|| {
+            let inner = &volume.inner;
+            while !stop.load(Ordering::Acquire) {
+                let collections: Vec<_> = inner.collections.read().values().cloned().collect();
+                for collection in collections {
+                    maintain::freeze(inner, &collection);
+                    let parts = collection.parts.load_full();
+                    for part in parts.iter().skip(1).filter(|part| part.as_segment().is_none()) {
+                        maintain::rewrite(inner, &collection, std::slice::from_ref(part)).unwrap();
+                    }
+                    let merged: Vec<_> = collection.parts.load().iter().skip(1).cloned().collect();
+                    if merged.len() > 2 {
+                        maintain::rewrite(inner, &collection, &merged).unwrap();
+                    }
+                }
+            }
+        });
+        while !stop.load(Ordering::Acquire) {
+            most = most.max(whole(&volume));
+            searches += 1;
+        }
+    });
+    assert!(searches > 10 && most > STABLE as usize, "{searches} {most}");
+    whole(&volume);
+}

@@ -1,0 +1,280 @@
+//! `vexfs bench store`: the store alone, without a mount, on a directory of its own.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use clap::{Args, ValueEnum};
+use serde_json::json;
+use vexfs_fs::index::{Effort, Metric, Mutable, Params, Scratch, build};
+use vexfs_fs::store::disk::DirDisk;
+use vexfs_fs::store::{FileId, Fingerprint, Link, Options, Query, SyncMode, Volume};
+
+use super::{Rows, read_base};
+
+/// Arguments of `vexfs bench store`.
+#[derive(Args)]
+pub struct StoreArgs {
+    /// What is measured.
+    #[arg(value_enum)]
+    what: What,
+    /// Where the store is made; must be empty, but for `open`.
+    #[arg(long)]
+    dir: PathBuf,
+    /// The vectors: a row each.
+    #[arg(long)]
+    base: PathBuf,
+    /// l2, ip or cosine.
+    #[arg(long, default_value = "l2")]
+    metric: Metric,
+    /// Only the first rows of the base.
+    #[arg(long)]
+    rows: Option<usize>,
+    /// How often the base is taken, one copy after another: for a store that is larger than the base.
+    #[arg(long, default_value_t = 1)]
+    copies: usize,
+    /// As `vexfs mount --memory`.
+    #[arg(long, value_name = "BYTES", value_parser = crate::daemon::bytes)]
+    memory: Option<u64>,
+}
+
+/// What is measured.
+#[derive(Clone, Copy, ValueEnum)]
+enum What {
+    /// One vector a file, linked behind.
+    Lazy,
+    /// One vector a file, linked at once; beside the bare index.
+    Immediate,
+    /// All rows as one file, until they are linked; beside the build in process.
+    Bulk,
+    /// From the process's start to the first answer, of a store that `bulk` left.
+    Open,
+    /// Ten rounds of replacing half of the points, a hundred rows a file.
+    Churn,
+}
+
+fn options(sync: SyncMode, memory: Option<u64>) -> Options {
+    Options {
+        sync,
+        root_inode: 2,
+        root_born: 0,
+        locate: None,
+        threads: std::thread::available_parallelism().map_or(1, usize::from),
+        memory,
+        boot: String::new(),
+        sync_source: None,
+    }
+}
+
+fn open(dir: &Path, sync: SyncMode, memory: Option<u64>) -> Result<Volume, String> {
+    std::fs::create_dir_all(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
+    let fd = std::fs::File::open(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
+    let (volume, _) =
+        Volume::open(Arc::new(DirDisk::new(fd.into())), options(sync, memory)).map_err(|error| error.to_string())?;
+    volume.scan_finished();
+    Ok(volume)
+}
+
+fn config(volume: &Volume, base: &Rows) {
+    let config = vexfs_fs::store::Config { metric: Some(base.space.metric().to_string()), ..Default::default() };
+    volume.configure(FileId::ROOT, Some(config));
+}
+
+fn put(volume: &Volume, file: u64, rows: &[u8], base: &Rows, time: i128) -> Result<(), String> {
+    let file = FileId(1_000 + file);
+    volume.link(file, Link { parent: FileId::ROOT, name: format!("{}.npy", file.0).into_bytes() });
+    let target = volume.prepare(file, base.space.dim(), base.space.element()).map_err(|error| error.to_string())?;
+    let print = Fingerprint { size: rows.len() as u64, mtime: time, ctime: time };
+    volume.put(file, print, &target, rows.to_vec()).map_err(|error| error.to_string())?;
+    Ok(())
+}
+
+fn query(base: &Rows, row: usize, k: usize, exact: bool) -> Query {
+    let mut vector = Vec::new();
+    base.space.decode(&base.bytes[row * base.space.row_bytes()..][..base.space.row_bytes()], &mut vector);
+    Query {
+        vector,
+        k,
+        effort: Effort::default(),
+        exact,
+        max_distance: None,
+        scope: FileId::ROOT,
+        exclude: None,
+        deadline: None,
+    }
+}
+
+/// Measures and prints a line of JSON.
+pub fn store(args: &StoreArgs) -> Result<(), String> {
+    let began = Instant::now();
+    if matches!(args.what, What::Open) {
+        return first_answer(args, began);
+    }
+    let mut base = read_base(&args.base, args.metric, args.rows)?;
+    base.bytes = base.bytes.repeat(args.copies);
+    let sync = if matches!(args.what, What::Immediate) { SyncMode::Immediate } else { SyncMode::Lazy };
+    let volume = open(&args.dir, sync, args.memory)?;
+    config(&volume, &base);
+    let line = match args.what {
+        What::Lazy | What::Immediate => inserts(&volume, &base, args.what)?,
+        What::Bulk => bulk(&volume, &base)?,
+        What::Churn => churn(&volume, &base, &args.dir)?,
+        What::Open => return Ok(()),
+    };
+    println!("{line}");
+    volume.close().map_err(|error| error.to_string())
+}
+
+fn inserts(volume: &Volume, base: &Rows, what: What) -> Result<serde_json::Value, String> {
+    let size = base.space.row_bytes();
+    let count = base.bytes.len() / size;
+    let began = Instant::now();
+    let mut slowest: f64 = 0.0;
+    for (n, row) in base.bytes.chunks_exact(size).enumerate() {
+        let one = Instant::now();
+        put(volume, n as u64, row, base, 1)?;
+        slowest = slowest.max(one.elapsed().as_secs_f64());
+    }
+    let seconds = began.elapsed().as_secs_f64();
+    volume.commit().map_err(|error| error.to_string())?;
+    let durable = began.elapsed().as_secs_f64();
+    volume.settle().map_err(|error| error.to_string())?;
+    let rate = count as f64 / seconds;
+    let mut line = json!({
+        "points": count,
+        "inserts_per_second": rate,
+        "until_durable_s": durable,
+        "until_linked_s": began.elapsed().as_secs_f64(),
+        "slowest_ms": slowest * 1e3,
+    });
+    if matches!(what, What::Immediate) {
+        let index = Mutable::new(base.space, Params::default());
+        let mut scratch = Scratch::default();
+        let began = Instant::now();
+        for row in base.bytes.chunks_exact(size) {
+            let slot = index.push(row);
+            index.link(slot, &mut scratch);
+        }
+        let bare = count as f64 / began.elapsed().as_secs_f64();
+        line["bare_index_per_second"] = json!(bare);
+        line["ratio"] = json!(rate / bare);
+    }
+    Ok(line)
+}
+
+fn bulk(volume: &Volume, base: &Rows) -> Result<serde_json::Value, String> {
+    let began = Instant::now();
+    put(volume, 0, &base.bytes, base, 1)?;
+    let visible = began.elapsed().as_secs_f64();
+    volume.settle().map_err(|error| error.to_string())?;
+    let linked = began.elapsed().as_secs_f64();
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let began = Instant::now();
+    let sections = build(&base.space, &base.bytes, &Params::default(), threads, &AtomicBool::new(false));
+    let alone = began.elapsed().as_secs_f64();
+    drop(sections);
+    Ok(json!({
+        "points": base.bytes.len() / base.space.row_bytes(),
+        "visible_s": visible,
+        "linked_s": linked,
+        "build_alone_s": alone,
+        "ratio": linked / alone,
+    }))
+}
+
+fn first_answer(args: &StoreArgs, began: Instant) -> Result<(), String> {
+    // One row is enough to ask with.
+    let base = read_base(&args.base, args.metric, Some(1))?;
+    let query = query(&base, 0, 10, false);
+    let read = began.elapsed().as_secs_f64();
+    let volume = open(&args.dir, SyncMode::Lazy, args.memory)?;
+    let opened = began.elapsed().as_secs_f64();
+    let answer = volume.search(&query, &mut |_, _, _| true).map_err(|error| error.to_string())?;
+    let answered = began.elapsed().as_secs_f64();
+    // What is behind has its time, then searches from all over.
+    std::thread::sleep(std::time::Duration::from_secs(3));
+    let all = read_base(&args.base, args.metric, Some(100_000))?;
+    let recall = recall(&volume, &all, all.bytes.len() / all.space.row_bytes())?;
+    drop(all);
+    let deadline = Instant::now() + std::time::Duration::from_millis(1);
+    let hasty = Query { deadline: Some(deadline), exact: true, ..query };
+    let gave_up = volume.search(&hasty, &mut |_, _, _| true).is_err();
+    let late = Instant::now().saturating_duration_since(deadline).as_secs_f64();
+    let line = json!({
+        "deadline_met": gave_up,
+        "past_deadline_ms": late * 1e3,
+        "recall": recall,
+        "anonymous_mib": anonymous()? as f64 / 1024.0,
+        "points": volume.report(FileId::ROOT).collections.iter().map(|collection| collection.points).sum::<u64>(),
+        "hits": answer.hits.len(),
+        "open_ms": (opened - read) * 1e3,
+        "first_answer_ms": (answered - read) * 1e3,
+    });
+    println!("{line}");
+    volume.close().map_err(|error| error.to_string())
+}
+
+/// This process's anonymous memory, KiB.
+fn anonymous() -> Result<u64, String> {
+    let status = std::fs::read_to_string("/proc/self/status").map_err(|error| error.to_string())?;
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+    let number = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
+    number.ok_or_else(|| "no RssAnon in /proc/self/status".to_owned())
+}
+
+const FILE_ROWS: usize = 100;
+
+fn recall(volume: &Volume, base: &Rows, count: usize) -> Result<f64, String> {
+    let (mut right, mut all) = (0, 0);
+    for n in 0..200 {
+        let row = n * count / 200;
+        let ask = |exact| {
+            let answer = volume.search(&query(base, row, 10, exact), &mut |_, _, _| true);
+            let hits = answer.map_err(|error| error.to_string())?.hits;
+            Ok::<_, String>(hits.into_iter().map(|hit| (hit.file, hit.row)).collect::<Vec<_>>())
+        };
+        let truth = ask(true)?;
+        right += ask(false)?.iter().filter(|hit| truth.contains(hit)).count();
+        all += truth.len();
+    }
+    Ok(right as f64 / all as f64)
+}
+
+fn space(dir: &Path) -> Result<u64, String> {
+    let entries = std::fs::read_dir(dir.join("segments")).map_err(|error| error.to_string())?;
+    entries
+        .map(|entry| entry.and_then(|entry| entry.metadata()).map(|meta| meta.len()))
+        .sum::<Result<u64, _>>()
+        .map_err(|error| error.to_string())
+}
+
+fn churn(volume: &Volume, base: &Rows, dir: &Path) -> Result<serde_json::Value, String> {
+    let step = base.space.row_bytes() * FILE_ROWS;
+    // Half of the base is there at first; each round half of the files get the other half's rows, and back.
+    let files: Vec<&[u8]> = base.bytes.chunks_exact(step).collect();
+    let half = files.len() / 2;
+    for (n, rows) in files[..half].iter().enumerate() {
+        put(volume, n as u64, rows, base, 0)?;
+    }
+    volume.optimize(false).map_err(|error| error.to_string())?;
+    let fresh = recall(volume, base, half * FILE_ROWS)?;
+    let live = space(dir)?;
+    let (mut recalls, mut spaces) = (Vec::new(), Vec::new());
+    for round in 0..10 {
+        for n in (0..half).filter(|n| (n + round) % 2 == 0) {
+            let from = if round % 4 < 2 { half + n } else { n };
+            put(volume, n as u64, files[from], base, round as i128 + 1)?;
+        }
+        volume.settle().map_err(|error| error.to_string())?;
+        // Until merges have settled.
+        let mut before = 0;
+        while before != space(dir)? {
+            before = space(dir)?;
+            std::thread::sleep(std::time::Duration::from_millis(1_500));
+        }
+        recalls.push(recall(volume, base, half * FILE_ROWS)?);
+        spaces.push(space(dir)? as f64 / live as f64);
+    }
+    Ok(json!({ "points": half * FILE_ROWS, "recall_fresh": fresh, "recall": recalls, "space_by_live": spaces }))
+}
