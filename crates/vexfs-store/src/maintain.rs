@@ -68,8 +68,11 @@ fn link_loop(inner: &Inner) {
                 let mut slot = index.first_pending().0;
                 while index.pending() > 0 && slot < index.len() as u32 && !stopping(inner) {
                     index.link(Slot(slot), &mut scratch);
+                    index.tend(&mut scratch);
                     slot += 1;
                 }
+                // What others linked themselves.
+                index.tend(&mut scratch);
             }
         }
         wait(inner, LOOK_EVERY);
@@ -150,18 +153,22 @@ fn choose(parts: &[Arc<Part>]) -> Vec<Arc<Part>> {
 /// Makes one durable segment of the live rows of `inputs` and puts it in their place. False if it was stopped.
 fn rewrite(inner: &Inner, collection: &Collection, inputs: &[Arc<Part>]) -> io::Result<bool> {
     let Some(schema) = collection.schema.load_full() else { return Ok(false) };
-    let mut rows = Vec::new();
+    let (mut rows, mut bytes) = (Vec::new(), Vec::new());
     let mut readings: Vec<Arc<Reading>> = Vec::new();
     let mut points: Vec<(u32, u32)> = Vec::new();
     for part in inputs {
         let mut numbers = std::collections::HashMap::new();
         for (slot, reading, row) in part.live() {
+            if !part.index().read(slot, &mut bytes) {
+                // Ended, and deleted, a moment ago.
+                continue;
+            }
             let number = *numbers.entry(Arc::as_ptr(&reading)).or_insert_with(|| {
                 readings.push(Arc::clone(&reading));
                 readings.len() as u32 - 1
             });
             points.push((number, row));
-            rows.extend_from_slice(part.index().row(slot));
+            rows.extend_from_slice(&bytes);
         }
     }
     let output = if points.is_empty() {

@@ -152,9 +152,10 @@ impl Volume {
         for part in parts.iter().flat_map(|parts| parts.iter()) {
             let slot = part.find(&wanted, row);
             if let Some(slot) = slot.filter(|_| wanted.live_at(version)) {
-                let mut vector = Vec::new();
-                part.index().space().decode(part.index().row(slot), &mut vector);
-                return Some(vector);
+                let (mut bytes, mut vector) = (Vec::new(), Vec::new());
+                let held = part.index().read(slot, &mut bytes);
+                part.index().space().decode(&bytes, &mut vector);
+                return held.then_some(vector);
             }
         }
         None
