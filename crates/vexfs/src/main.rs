@@ -49,6 +49,8 @@ enum BenchCommand {
     Index(bench::index::IndexArgs),
     /// Filtered searches beside the unfiltered one and an exact scan of what is allowed.
     Filter(bench::filter::FilterArgs),
+    /// The mutable index: inserts, searches by recall target, churn, searches beside inserts.
+    Head(bench::head::HeadArgs),
 }
 
 fn main() -> ExitCode {
@@ -59,6 +61,7 @@ fn main() -> ExitCode {
         Command::Status(args) => status::run(&args),
         Command::Bench(BenchArgs { what: BenchCommand::Index(args) }) => bench::index::index(&args),
         Command::Bench(BenchArgs { what: BenchCommand::Filter(args) }) => bench::filter::filter(&args),
+        Command::Bench(BenchArgs { what: BenchCommand::Head(args) }) => bench::head::head(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
