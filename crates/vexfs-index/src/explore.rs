@@ -6,7 +6,6 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use crate::hnsw::{Growing, Walk};
 use crate::kernels::{Prepared, between};
 use crate::request::Budget;
 use crate::sealed::Plan;
@@ -58,19 +57,19 @@ impl Linked for Mutable {
     }
 
     fn entry(&self) -> Option<(u32, usize)> {
-        Growing::entry(self).get()
+        self.entry_point()
     }
 
     fn top(&self, slot: u32) -> Option<usize> {
-        self.linked_level(slot)
+        Mutable::top(self, slot)
     }
 
     fn links(&self, slot: u32, layer: usize, out: &mut Vec<u32>) {
-        self.neighbours(slot, layer, out);
+        self.linked_to(slot, layer, out);
     }
 
     fn between(&self, one: u32, other: u32) -> f32 {
-        Growing::between(self, one, other)
+        self.apart(one, other)
     }
 }
 

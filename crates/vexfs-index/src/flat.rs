@@ -15,6 +15,12 @@ impl Flat {
     pub fn new(space: Space, rows: Region) -> Flat {
         Flat { space, rows }
     }
+
+    /// The row of a slot; empty where there is none.
+    pub fn row(&self, slot: Slot) -> &[u8] {
+        let size = self.space.row_bytes();
+        self.rows.bytes().get(slot.0 as usize * size..).and_then(|rows| rows.get(..size)).unwrap_or_default()
+    }
 }
 
 impl Index for Flat {
@@ -26,9 +32,8 @@ impl Index for Flat {
         self.rows.bytes().len() / self.space.row_bytes()
     }
 
-    fn row(&self, slot: Slot) -> &[u8] {
-        let size = self.space.row_bytes();
-        &self.rows.bytes()[slot.0 as usize * size..][..size]
+    fn read(&self, slot: Slot, out: &mut Vec<u8>) -> bool {
+        crate::copy(self.row(slot), out)
     }
 
     fn search(

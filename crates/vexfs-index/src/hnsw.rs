@@ -1,8 +1,7 @@
-//! The algorithm of HNSW, for every form of graph: walk a layer, choose neighbours, link a node.
+//! What the algorithm of HNSW is made of: levels, walks, the choice of neighbours. The head's own walk is over full rows; that
+//! of sealed graphs, over codes, is in `graph.rs`.
 
 use std::cmp::Reverse;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::request::{Budget, Candidate, Scratch, SearchError, keep};
 
@@ -98,181 +97,26 @@ pub(crate) fn walk_layer(
 /// Records asked for ahead of their use.
 const PREFETCH: usize = 4;
 
-/// Chooses at most `m` of `sorted` (nearest first) so that none is nearer to another chosen one than to the node
-/// (the paper's heuristic, its algorithm 4 without the options).
-fn choose(between: &impl Fn(u32, u32) -> f32, sorted: &[Candidate], m: usize, chosen: &mut Vec<Candidate>) {
-    chosen.clear();
+/// Chooses at most `most` of `sorted` (nearest first) so that none is nearer to another chosen one than to the node
+/// (the paper's heuristic, its algorithm 4 without the options), by `slack` at least. Those that are chosen already stay.
+pub(crate) fn choose(
+    between: &impl Fn(u32, u32) -> f32,
+    slack: f32,
+    sorted: &[Candidate],
+    most: usize,
+    chosen: &mut Vec<Candidate>,
+) {
     for candidate in sorted {
-        if chosen.len() >= m {
+        if chosen.len() >= most {
             break;
         }
-        let crowded = |other: &Candidate| between(candidate.node, other.node) < candidate.distance;
+        let crowded = |other: &Candidate| {
+            other.node == candidate.node || between(candidate.node, other.node) * slack < candidate.distance
+        };
         if !chosen.iter().any(crowded) {
             chosen.push(*candidate);
         }
     }
-}
-
-/// A node's links in all its layers: for each a count and room for `2m` (layer 0) or `m` neighbours. Readers take
-/// no lock; writers hold the node's.
-pub(crate) struct Links {
-    slots: Box<[AtomicU32]>,
-    writing: Mutex<()>,
-}
-
-impl Links {
-    pub fn new(m: usize, level: usize) -> Links {
-        let room = 1 + 2 * m + level * (1 + m);
-        Links { slots: (0..room).map(|_| AtomicU32::new(0)).collect(), writing: Mutex::new(()) }
-    }
-
-    fn layer(&self, m: usize, layer: usize) -> &[AtomicU32] {
-        let (start, room) = match layer {
-            0 => (0, 1 + 2 * m),
-            _ => (1 + 2 * m + (layer - 1) * (1 + m), 1 + m),
-        };
-        self.slots.get(start..start + room).unwrap_or_default()
-    }
-
-    /// Replaces `out` by the neighbours in a layer.
-    pub fn read(&self, m: usize, layer: usize, out: &mut Vec<u32>) {
-        out.clear();
-        if let [count, slots @ ..] = self.layer(m, layer) {
-            let count = count.load(Ordering::Acquire) as usize;
-            out.extend(slots.iter().take(count).map(|slot| slot.load(Ordering::Relaxed)));
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, ()> {
-        self.writing.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Under the lock. A reader meanwhile may see some old and some new neighbours: all are nodes of the layer.
-    fn write(&self, m: usize, layer: usize, neighbours: &[Candidate]) {
-        if let [count, slots @ ..] = self.layer(m, layer) {
-            for (slot, neighbour) in slots.iter().zip(neighbours) {
-                slot.store(neighbour.node, Ordering::Relaxed);
-            }
-            count.store(neighbours.len().min(slots.len()) as u32, Ordering::Release);
-        }
-    }
-
-    /// Bytes kept.
-    pub fn bytes(&self) -> usize {
-        size_of::<Links>() + self.slots.len() * 4
-    }
-}
-
-/// Where walks begin: the node of the highest layer.
-#[derive(Default)]
-pub(crate) struct Entry {
-    /// 0, or layer << 32 | node + 1.
-    packed: AtomicU64,
-    raising: Mutex<()>,
-}
-
-impl Entry {
-    /// Node and layer; `None` in a graph without nodes.
-    pub fn get(&self) -> Option<(u32, usize)> {
-        match self.packed.load(Ordering::Acquire) {
-            0 => None,
-            packed => Some(((packed as u32) - 1, (packed >> 32) as usize)),
-        }
-    }
-
-    fn set(&self, node: u32, layer: usize) {
-        self.packed.store((layer as u64) << 32 | u64::from(node + 1), Ordering::Release);
-    }
-}
-
-/// A graph that nodes can be linked into, from several threads.
-pub(crate) trait Growing: Walk {
-    fn m(&self) -> usize;
-    fn ef_construction(&self) -> usize;
-    fn entry(&self) -> &Entry;
-    fn links(&self, node: u32) -> Option<&Links>;
-    /// Distance between two nodes.
-    fn between(&self, one: u32, other: u32) -> f32;
-}
-
-/// Links a node of the given level; `distance` is its distance to others.
-pub(crate) fn insert(
-    graph: &impl Growing,
-    node: u32,
-    level: usize,
-    distance: &impl Fn(u32) -> f32,
-    scratch: &mut Scratch,
-) {
-    let raising = graph.entry().raising.lock().unwrap_or_else(PoisonError::into_inner);
-    let Some((entry, top)) = graph.entry().get() else {
-        graph.entry().set(node, level);
-        return;
-    };
-    // The lock is kept only by one that raises the top: others may link beside it.
-    let raising = (level > top).then_some(raising);
-    let mut budget = Budget::unlimited();
-    let start = descend(graph, distance, entry, (top, level.min(top)), &mut scratch.links, &mut budget);
-    let Ok(mut start) = start else { return };
-    let m = graph.m();
-    for layer in (0..=level.min(top)).rev() {
-        let accept = |other: u32| other != node;
-        let walked =
-            walk_layer(graph, distance, &accept, start, (graph.ef_construction(), layer), scratch, &mut budget);
-        if walked.is_err() {
-            return;
-        }
-        let Scratch { best, sorted, chosen, .. } = scratch;
-        sorted.clear();
-        sorted.extend(best.drain());
-        sorted.sort_unstable();
-        choose(&|a, b| graph.between(a, b), sorted, m, chosen);
-        if let Some(links) = graph.links(node) {
-            let _writing = links.lock();
-            links.write(m, layer, chosen);
-        }
-        if let Some(nearest) = sorted.first() {
-            start = *nearest;
-        }
-        let neighbours = std::mem::take(chosen);
-        for neighbour in &neighbours {
-            link_back(graph, neighbour, node, layer, scratch);
-        }
-        scratch.chosen = neighbours;
-    }
-    if raising.is_some() {
-        graph.entry().set(node, level);
-    }
-}
-
-/// Adds `node` to the neighbours of `of`, choosing anew where there is no room.
-fn link_back(graph: &impl Growing, of: &Candidate, node: u32, layer: usize, scratch: &mut Scratch) {
-    let m = graph.m();
-    let room = if layer == 0 { 2 * m } else { m };
-    let Some(links) = graph.links(of.node) else {
-        return;
-    };
-    let Scratch { links: current, sorted, chosen, .. } = scratch;
-    let _writing = links.lock();
-    links.read(m, layer, current);
-    if current.contains(&node) {
-        return;
-    }
-    sorted.clear();
-    sorted.push(Candidate { node, distance: of.distance });
-    if current.len() < room {
-        // Order doesn't matter to readers: append.
-        if let [count, slots @ ..] = links.layer(m, layer)
-            && let Some(slot) = slots.get(current.len())
-        {
-            slot.store(node, Ordering::Relaxed);
-            count.store(current.len() as u32 + 1, Ordering::Release);
-        }
-        return;
-    }
-    sorted.extend(current.iter().map(|other| Candidate { node: *other, distance: graph.between(of.node, *other) }));
-    sorted.sort_unstable();
-    choose(&|a, b| graph.between(a, b), sorted, room, chosen);
-    links.write(m, layer, chosen);
 }
 
 /// The level of a node: geometric, with ratio 1/m, from the seed and the node's number (SplitMix64).

@@ -16,16 +16,24 @@ mod raw;
 mod request;
 mod sealed;
 mod space;
+mod sync;
 #[cfg(test)]
 mod tests;
 mod verify;
+// Not below `mutable`, which a test compiles a second time.
+#[cfg(test)]
+#[path = "mutable/schedules.rs"]
+mod mutable_schedules;
+#[cfg(test)]
+#[path = "mutable/tests.rs"]
+mod mutable_tests;
 
 use std::sync::Arc;
 
 pub use build::{Sections, build};
 pub use explore::{Connectivity, Explorer, LayerReport};
 pub use flat::Flat;
-pub use mutable::Mutable;
+pub use mutable::{Mutable, Reach};
 pub use request::{Effort, Filter, Neighbor, Request, Scratch, SearchError, Stats};
 pub use sealed::{FormatError, Sealed};
 pub use space::{Element, Metric, Quantization, Space, SpaceError, VectorError};
@@ -96,8 +104,8 @@ pub trait Index: Send + Sync {
     fn space(&self) -> &Space;
     /// Slots given out.
     fn len(&self) -> usize;
-    /// The row of a slot below [`Index::len`].
-    fn row(&self, slot: Slot) -> &[u8];
+    /// Replaces `out` by the row of a slot. False (and `out` is empty) where it holds no point, or none any more.
+    fn read(&self, slot: Slot, out: &mut Vec<u8>) -> bool;
     /// Writes the hits to `out`, nearest first, ties by slot: `k` of them where `k` allowed points exist.
     fn search(
         &self,
@@ -112,4 +120,11 @@ pub trait Index: Send + Sync {
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
+}
+
+/// For [`Index::read`], of rows that are never empty.
+fn copy(row: &[u8], out: &mut Vec<u8>) -> bool {
+    out.clear();
+    out.extend_from_slice(row);
+    !row.is_empty()
 }

@@ -209,6 +209,14 @@ impl Visited {
         }
     }
 
+    /// As [`Visited::meet`], also for a node that was added after the walk began.
+    pub fn meet_any(&mut self, node: u32) -> bool {
+        if self.stamps.len() <= node as usize {
+            self.stamps.resize(node as usize + 1, 0);
+        }
+        self.meet(node)
+    }
+
     /// True at the first meeting. A node that was added after the walk began counts as met.
     pub fn meet(&mut self, node: u32) -> bool {
         match self.stamps.get_mut(node as usize) {

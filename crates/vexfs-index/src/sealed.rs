@@ -158,6 +158,12 @@ impl Sealed {
         }
     }
 
+    /// The row of a slot; empty where there is none.
+    pub fn row(&self, slot: Slot) -> &[u8] {
+        let size = self.space.row_bytes();
+        self.vectors.bytes().get(slot.0 as usize * size..).and_then(|rows| rows.get(..size)).unwrap_or_default()
+    }
+
     fn mapped_codes(&self) -> &[u8] {
         match &self.coder {
             Some(coder) if rows_are_codes(&self.space, coder) => self.vectors.bytes(),
@@ -506,9 +512,8 @@ impl Index for Sealed {
         self.nodes
     }
 
-    fn row(&self, slot: Slot) -> &[u8] {
-        let size = self.space.row_bytes();
-        &self.vectors.bytes()[slot.0 as usize * size..][..size]
+    fn read(&self, slot: Slot, out: &mut Vec<u8>) -> bool {
+        crate::copy(self.row(slot), out)
     }
 
     fn search(

@@ -6,10 +6,10 @@ use proptest::prelude::*;
 
 use super::*;
 
-struct Random(u64);
+pub(crate) struct Random(pub u64);
 
 impl Random {
-    fn next(&mut self) -> u64 {
+    pub fn next(&mut self) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
@@ -34,7 +34,7 @@ fn clustered(random: &mut Random, centres: &[Vec<f32>], element: Element) -> Vec
         .collect()
 }
 
-fn data(space: &Space, n: usize, seed: u64) -> (Vec<u8>, Vec<Vec<f32>>) {
+pub(crate) fn data(space: &Space, n: usize, seed: u64) -> (Vec<u8>, Vec<Vec<f32>>) {
     let mut random = Random(seed | 1);
     let centres: Vec<Vec<f32>> = (0..20).map(|_| (0..space.dim()).map(|_| random.normal()).collect()).collect();
     let mut rows = Vec::new();

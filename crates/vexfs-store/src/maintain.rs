@@ -102,6 +102,7 @@ fn link_loop(inner: &Inner) {
                 && !collection.head_is_full(inner.budget.head)
             {
                 index.link(Slot(slot), &mut scratch);
+                index.tend(&mut scratch);
                 slot += 1;
             }
         }
@@ -185,7 +186,7 @@ fn choose(parts: &[Arc<Part>]) -> Vec<Arc<Part>> {
 /// Makes one durable segment of the live rows of `inputs` and puts it in their place. False if it was stopped.
 pub(crate) fn rewrite(inner: &Inner, collection: &Collection, inputs: &[Arc<Part>]) -> io::Result<bool> {
     let Some(schema) = collection.schema.load_full() else { return Ok(false) };
-    let mut rows = Vec::new();
+    let (mut rows, mut bytes) = (Vec::new(), Vec::new());
     let mut readings: Vec<Arc<Reading>> = Vec::new();
     let mut points: Vec<(u32, u32)> = Vec::new();
     for part in inputs {
@@ -200,12 +201,16 @@ pub(crate) fn rewrite(inner: &Inner, collection: &Collection, inputs: &[Arc<Part
         }
         let mut numbers = std::collections::HashMap::new();
         for (slot, reading, row) in part.live() {
+            if !part.index().read(slot, &mut bytes) {
+                // Ended, and deleted, a moment ago.
+                continue;
+            }
             let number = *numbers.entry(Arc::as_ptr(&reading)).or_insert_with(|| {
                 readings.push(Arc::clone(&reading));
                 readings.len() as u32 - 1
             });
             points.push((number, row));
-            rows.extend_from_slice(part.index().row(slot));
+            rows.extend_from_slice(&bytes);
         }
     }
     let output = if points.is_empty() {

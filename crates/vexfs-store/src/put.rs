@@ -158,9 +158,10 @@ impl Volume {
                     self.inner.quarantine(&collection, part, &error);
                     return None;
                 }
-                let mut vector = Vec::new();
-                part.index().space().decode(part.index().row(slot), &mut vector);
-                return Some(vector);
+                let (mut bytes, mut vector) = (Vec::new(), Vec::new());
+                let held = part.index().read(slot, &mut bytes);
+                part.index().space().decode(&bytes, &mut vector);
+                return held.then_some(vector);
             }
         }
         None

@@ -60,6 +60,8 @@ enum BenchCommand {
     Filter(bench::filter::FilterArgs),
     /// The store without a mount: inserts, bulk, opening, replacing.
     Store(bench::store::StoreArgs),
+    /// The mutable index: inserts, searches by recall target, churn, searches beside inserts.
+    Head(bench::head::HeadArgs),
 }
 
 fn main() -> ExitCode {
@@ -75,6 +77,7 @@ fn main() -> ExitCode {
         Command::Bench(BenchArgs { what: BenchCommand::Index(args) }) => bench::index::index(&args),
         Command::Bench(BenchArgs { what: BenchCommand::Filter(args) }) => bench::filter::filter(&args),
         Command::Bench(BenchArgs { what: BenchCommand::Store(args) }) => bench::store::store(&args),
+        Command::Bench(BenchArgs { what: BenchCommand::Head(args) }) => bench::head::head(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

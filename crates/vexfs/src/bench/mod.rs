@@ -2,6 +2,7 @@
 
 pub mod filter;
 mod graph;
+pub mod head;
 pub mod index;
 pub mod store;
 
