@@ -6,6 +6,8 @@ use proptest::prelude::*;
 
 use super::*;
 
+mod bits;
+
 struct Random(u64);
 
 impl Random {
