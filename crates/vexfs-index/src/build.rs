@@ -12,7 +12,7 @@ use crate::raw::Huge;
 use crate::request::{Budget, Scratch};
 use crate::sealed::{CALIBRATED_K, Calibration, MAGIC, Plan, TARGETS, Walker, header, rows_are_codes};
 use crate::space::Quantization;
-use crate::{Metric, Params, Space};
+use crate::{Element, Metric, Params, Space};
 
 /// Fewer rows get no graph: an exact scan of them is as fast as a walk and never misses.
 const GRAPH_FROM: usize = 1_000;
@@ -87,6 +87,8 @@ pub fn build(space: &Space, rows: &[u8], params: &Params, threads: usize, stop: 
     }
     // Links are chosen on bytes, whatever a search walks on.
     let coarse = match params.quantization {
+        // They are as short as codes get.
+        _ if space.element() == Element::Bits => None,
         Quantization::Sq4 => encode(&Coder::fit(space, rows, Width::Nibble), rows, &order),
         Quantization::Rabitq => encode(&Coder::fit(space, rows, Width::Sign), rows, &order),
         Quantization::None | Quantization::Sq8 => None,

@@ -1,19 +1,17 @@
 //! Codes of rows: what a sealed graph is walked on.
 //!
 //! *Bytes*: one scale serves all rows and dimensions, so a record is codes and nothing else, and distances between
-//! codes are whole numbers: code = round((value − centre) / scale) + 128. u8 and i8 under L2 are their own codes,
+//! codes are whole numbers: code = round((value − centre) / scale) + 128. u8 and i8 under L2, and bits, are their own codes,
 //! exactly. *Nibbles*: the same with 4 bits, after a rotation. *Signs*: after a rotation one bit a number, with two
 //! factors of the row's own that make the estimate unbiased (RaBitQ, Gao & Long, SIGMOD 2024, arXiv 2405.12497).
 //! Under L2 and cosine the centre is the rows' mean, which changes no order.
 
 mod rotation;
 
-use half::f16;
-
 use crate::kernels::codes::{PAD, Sum};
 use crate::kernels::narrow::{Narrow, TAIL};
-use crate::kernels::{codes, narrow};
-use crate::space::{Element, Metric, Space};
+use crate::kernels::{bits, codes, narrow};
+use crate::space::{Element, Metric, Space, pack};
 use rotation::rotate;
 
 /// How a number is written.
@@ -57,6 +55,8 @@ enum Kind {
     Nibbles(Sum),
     /// Distances, or else products.
     Signs(Sum),
+    /// Bits that differ.
+    Bits,
 }
 
 /// Values that the scale is fitted to.
@@ -112,6 +112,9 @@ impl Coder {
     }
 
     fn could_be_exact(&self) -> bool {
+        if self.space.element() == Element::Bits {
+            return true;
+        }
         let bytes = matches!(self.space.element(), Element::I8 | Element::U8);
         self.width == Width::Byte && self.space.metric() == Metric::L2 && bytes
     }
@@ -154,6 +157,7 @@ impl Coder {
     /// Bytes of a coded row.
     pub fn stride(&self) -> usize {
         match self.width {
+            _ if self.space.element() == Element::Bits => self.space.row_bytes(),
             Width::Byte => self.padded(),
             Width::Nibble => narrow::nibbles(self.padded()),
             Width::Sign => narrow::signs(self.padded()),
@@ -215,6 +219,12 @@ impl Coder {
     /// Makes `out` a query against codes. True if its keys are the exact distances.
     pub fn query(&self, query: &[f32], values: &mut Vec<f32>, out: &mut CodedQuery) -> bool {
         out.bytes.clear();
+        if self.space.element() == Element::Bits {
+            out.sum = Some(Kind::Bits);
+            out.bytes.resize(self.stride(), 0);
+            pack(query, &mut out.bytes);
+            return true;
+        }
         out.bytes.resize(self.padded(), 0);
         values.clear();
         values.extend_from_slice(query);
@@ -293,6 +303,9 @@ impl Coder {
             // The padding is zero in codes and −128 as signed bytes: times zero it counts for nothing, but not here.
             let sum: i32 = out.bytes.iter().take(self.space.dim()).map(|code| i32::from(*code as i8)).sum();
             out.total = sum;
+        } else if self.space.element() == Element::Bits {
+            out.sum = Some(Kind::Bits);
+            out.bytes.extend_from_slice(codes);
         } else {
             // Rows of one length are ordered by their differences as by their products.
             out.sum = Some(Kind::Bytes(Sum::Squares));
@@ -330,6 +343,7 @@ impl CodedQuery {
                 narrow::best().many(Narrow::Signs, &self.bytes, data, ids, out);
                 return self.estimate(sum, data, ids, out);
             }
+            Some(Kind::Bits) => bits::best().many(&self.bytes, data, ids, out),
             None => {}
         }
         if let Some(Kind::Bytes(Sum::Products) | Kind::Nibbles(Sum::Products)) = self.sum {
@@ -380,13 +394,7 @@ pub fn unordered(bits: u32) -> f32 {
 
 /// The numbers of a row as they are compared: under cosine of length 1.
 fn numbers(space: &Space, row: &[u8], out: &mut Vec<f32>) {
-    out.clear();
-    match space.element() {
-        Element::F32 => out.extend(row.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))),
-        Element::F16 => out.extend(row.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32())),
-        Element::I8 => out.extend(row.iter().map(|b| f32::from(*b as i8))),
-        Element::U8 => out.extend(row.iter().map(|b| f32::from(*b))),
-    }
+    space.decode(row, out);
     if space.metric() == Metric::Cosine {
         normalise(out);
     }

@@ -110,8 +110,11 @@ pub(crate) fn choose(
         if chosen.len() >= most {
             break;
         }
+        // Of points that equal the node one is enough: a list full of them leads nowhere else.
         let crowded = |other: &Candidate| {
-            other.node == candidate.node || between(candidate.node, other.node) * slack < candidate.distance
+            other.node == candidate.node
+                || candidate.distance == 0.0 && other.distance == 0.0
+                || between(candidate.node, other.node) * slack < candidate.distance
         };
         if !chosen.iter().any(crowded) {
             chosen.push(*candidate);

@@ -5,6 +5,7 @@
 //! VNNI's instruction, which is worth 2 to 4 times, so that one is written by hand.
 #![allow(unsafe_code)]
 
+pub mod bits;
 pub mod codes;
 pub mod narrow;
 
@@ -13,7 +14,7 @@ use std::sync::OnceLock;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
-use crate::space::{Element, Metric, Space};
+use crate::space::{Element, Metric, Space, pack};
 
 #[cfg(test)]
 mod tests;
@@ -220,13 +221,15 @@ fn rows(kernels: &Kernels, space: &Space, one: &[u8], other: &[u8]) -> f32 {
     // SAFETY (all): a `Kernels` is handed out only where the machine has its features.
     unsafe {
         match (space.element(), space.metric()) {
-            (Element::F32, Metric::L2) => (kernels.l2_f32)(one, other),
+            // Of bits as numbers 0 and 1 hamming is l2.
+            (Element::Bits, _) => bits::best().one(one, other) as f32,
+            (Element::F32, Metric::L2 | Metric::Hamming) => (kernels.l2_f32)(one, other),
             (Element::F32, Metric::InnerProduct) => -(kernels.dot_f32)(one, other),
             (Element::F32, Metric::Cosine) => 1.0 - (kernels.dot_f32)(one, other),
-            (Element::U8, Metric::L2) => (kernels.l2_u8)(one, other) as f32,
+            (Element::U8, Metric::L2 | Metric::Hamming) => (kernels.l2_u8)(one, other) as f32,
             (Element::U8, Metric::InnerProduct) => -((kernels.dot_u8)(one, other) as f32),
             (Element::U8, Metric::Cosine) => cosine((kernels.dot_u8)(one, other), kernels.dot_u8),
-            (Element::I8, Metric::L2) => (kernels.l2_i8)(one, other) as f32,
+            (Element::I8, Metric::L2 | Metric::Hamming) => (kernels.l2_i8)(one, other) as f32,
             (Element::I8, Metric::InnerProduct) => -((kernels.dot_i8)(one, other) as f32),
             (Element::I8, Metric::Cosine) => cosine((kernels.dot_i8)(one, other), kernels.dot_i8),
             (Element::F16, _) => {
@@ -264,7 +267,7 @@ fn widened(kernels: &Kernels, metric: Metric, one: &[u8], other: &[u8]) -> f32 {
     // SAFETY: a `Kernels` is handed out only where the machine has its features.
     unsafe {
         match metric {
-            Metric::L2 => (kernels.l2_f32)(one, other),
+            Metric::L2 | Metric::Hamming => (kernels.l2_f32)(one, other),
             Metric::InnerProduct | Metric::Cosine => (kernels.dot_f32)(one, other),
         }
     }
@@ -272,7 +275,7 @@ fn widened(kernels: &Kernels, metric: Metric, one: &[u8], other: &[u8]) -> f32 {
 
 fn from_sum(metric: Metric, sum: f32) -> f32 {
     match metric {
-        Metric::L2 => sum,
+        Metric::L2 | Metric::Hamming => sum,
         Metric::InnerProduct => -sum,
         Metric::Cosine => 1.0 - sum,
     }
@@ -333,6 +336,11 @@ impl Prepared {
                 bytes.extend(query.iter().map(|v| *v as i8 as u8));
                 Numbers::Row
             }
+            Element::Bits => {
+                bytes.resize(space.row_bytes(), 0);
+                pack(query, &mut bytes);
+                Numbers::Row
+            }
             Element::U8 | Element::I8 => Numbers::Fraction,
         };
         Prepared { space: *space, numbers: kind, query: numbers, bytes, length: length as f32, kernels }
@@ -366,7 +374,7 @@ impl Prepared {
         };
         let pairs = || self.query.iter().zip(row).map(|(x, b)| (*x, number(*b)));
         match self.space.metric() {
-            Metric::L2 => pairs().map(|(x, y)| (x - y) * (x - y)).sum(),
+            Metric::L2 | Metric::Hamming => pairs().map(|(x, y)| (x - y) * (x - y)).sum(),
             Metric::InnerProduct => -pairs().map(|(x, y)| x * y).sum::<f32>(),
             Metric::Cosine => {
                 let square: f32 = row.iter().map(|b| number(*b) * number(*b)).sum();

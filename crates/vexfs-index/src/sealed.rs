@@ -73,7 +73,8 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
 
 /// Are the rows' bytes, as they lie, what this coder makes of them?
 pub(crate) fn rows_are_codes(space: &Space, coder: &Coder) -> bool {
-    coder.is_exact() && space.element() == Element::U8 && coder.stride() == space.row_bytes()
+    let as_they_lie = matches!(space.element(), Element::U8 | Element::Bits);
+    coder.is_exact() && as_they_lie && coder.stride() == space.row_bytes()
 }
 
 impl Sealed {

@@ -41,6 +41,8 @@ names! {
         InnerProduct = "ip",
         /// 1 − cosine similarity.
         Cosine = "cosine",
+        /// How many bits differ.
+        Hamming = "hamming",
     }
 }
 
@@ -55,6 +57,8 @@ names! {
         I8 = "i8",
         /// Unsigned bytes.
         U8 = "u8",
+        /// Bits: number i, 0 or 1, is bit i % 8 (the lowest first) of byte i / 8; what is left of the last byte is 0.
+        Bits = "bits",
     }
 }
 
@@ -73,12 +77,13 @@ names! {
 }
 
 impl Element {
-    /// Bytes of one number.
-    pub fn bytes(self) -> usize {
+    /// Bytes of so many numbers.
+    pub fn bytes(self, numbers: usize) -> usize {
         match self {
-            Element::F32 => 4,
-            Element::F16 => 2,
-            Element::I8 | Element::U8 => 1,
+            Element::F32 => 4 * numbers,
+            Element::F16 => 2 * numbers,
+            Element::I8 | Element::U8 => numbers,
+            Element::Bits => numbers.div_ceil(8),
         }
     }
 }
@@ -90,6 +95,14 @@ pub enum SpaceError {
     /// 0, or more than [`MAX_DIM`].
     #[error("{0} dimensions; 1 to {MAX_DIM} are supported")]
     Dimension(usize),
+    /// Bits are compared by hamming, and nothing else is.
+    #[error("metric {metric} with element {element}: hamming goes with bits, and bits with hamming")]
+    Mismatch {
+        /// The metric.
+        metric: Metric,
+        /// The element type.
+        element: Element,
+    },
 }
 
 /// A vector that a space can't take.
@@ -137,9 +150,12 @@ pub struct Space {
 }
 
 impl Space {
-    /// 1 to [`MAX_DIM`] dimensions.
+    /// 1 to [`MAX_DIM`] dimensions; bits with hamming, all else without.
     pub fn new(dim: usize, metric: Metric, element: Element) -> Result<Space, SpaceError> {
         match dim {
+            1..=MAX_DIM if (metric == Metric::Hamming) != (element == Element::Bits) => {
+                Err(SpaceError::Mismatch { metric, element })
+            }
             1..=MAX_DIM => Ok(Space { dim, metric, element }),
             _ => Err(SpaceError::Dimension(dim)),
         }
@@ -162,7 +178,7 @@ impl Space {
 
     /// Bytes of a row.
     pub fn row_bytes(&self) -> usize {
-        self.dim * self.element.bytes()
+        self.element.bytes(self.dim)
     }
 
     /// Checks a vector and appends its row; on an error nothing is appended. Under cosine, floats are normalised
@@ -177,6 +193,11 @@ impl Space {
             _ => 1.0,
         };
         let start = out.len();
+        if self.element == Element::Bits {
+            out.resize(start + self.row_bytes(), 0);
+            pack(values, &mut out[start..]);
+            return Ok(());
+        }
         for (at, value) in values.iter().enumerate() {
             let scaled = (f64::from(*value) * scale) as f32;
             let fits = match self.element {
@@ -197,6 +218,8 @@ impl Space {
                     out.push(scaled as u8);
                     f32::from(scaled as u8) == scaled
                 }
+                // Packed above.
+                Element::Bits => true,
             };
             if !fits {
                 out.truncate(start);
@@ -214,6 +237,9 @@ impl Space {
             Element::F16 => out.extend(row.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32())),
             Element::I8 => out.extend(row.iter().map(|b| f32::from(*b as i8))),
             Element::U8 => out.extend(row.iter().map(|b| f32::from(*b))),
+            Element::Bits => {
+                out.extend(row.iter().flat_map(|b| (0..8).map(move |bit| f32::from(b >> bit & 1))).take(self.dim));
+            }
         }
     }
 
@@ -224,6 +250,12 @@ impl Space {
         }
         if let Some(at) = values.iter().position(|value| !value.is_finite()) {
             return Err(VectorError::NotFinite { at });
+        }
+        let is_bit = |value: &f32| *value == 0.0 || *value == 1.0;
+        if self.element == Element::Bits
+            && let Some((at, value)) = values.iter().enumerate().find(|(_, value)| !is_bit(value))
+        {
+            return Err(VectorError::NotRepresentable { at, value: *value, element: self.element });
         }
         let square: f64 = values.iter().map(|v| f64::from(*v) * f64::from(*v)).sum();
         // A quarter of the largest f32, so that the squared distance of two such vectors is one too.
@@ -244,5 +276,12 @@ impl Space {
     /// The name of the kernels in use on this machine.
     pub fn kernels(&self) -> &'static str {
         kernels::name()
+    }
+}
+
+/// Sets the bits of the numbers that are not 0; `out` is zeroed and has room for them.
+pub(crate) fn pack(values: &[f32], out: &mut [u8]) {
+    for (byte, eight) in out.iter_mut().zip(values.chunks(8)) {
+        *byte = eight.iter().enumerate().fold(0, |byte, (bit, value)| byte | u8::from(*value != 0.0) << bit);
     }
 }

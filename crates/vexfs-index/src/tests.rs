@@ -6,6 +6,8 @@ use proptest::prelude::*;
 
 use super::*;
 
+mod bits;
+
 pub(crate) struct Random(pub u64);
 
 impl Random {

@@ -9,9 +9,9 @@ use vexfs_index::{Element, Metric, Params, Quantization, Space, SpaceError};
 pub struct Config {
     /// Numbers in a vector; inferred from the first one.
     pub dimension: Option<usize>,
-    /// `cosine` (default), `l2`, `ip`.
+    /// `cosine` (default), `l2`, `ip`; `hamming` (default for bits).
     pub metric: Option<String>,
-    /// `f32`, `f16`, `i8`, `u8`; inferred from the first file.
+    /// `f32`, `f16`, `i8`, `u8`; inferred from the first file. `bits` goes with `hamming`.
     pub element: Option<String>,
     /// `sq8` (default) or `none`: the codes that the graph is walked on.
     pub quantization: Option<String>,
@@ -46,27 +46,36 @@ impl Config {
         let metric = self.metric()?;
         let element = self.element()?.unwrap_or(Element::F32);
         self.params()?;
-        Space::new(self.dimension.unwrap_or(1), metric, element)
-            .map_err(|error| ConfigError { key: "dimension", message: error.to_string() })?;
+        Space::new(self.dimension.unwrap_or(1), metric, element).map_err(|error| {
+            let key = if matches!(error, SpaceError::Mismatch { .. }) { "metric" } else { "dimension" };
+            ConfigError { key, message: error.to_string() }
+        })?;
         Ok(())
     }
 
     fn metric(&self) -> Result<Metric, ConfigError> {
-        let Some(name) = &self.metric else { return Ok(Metric::Cosine) };
+        let Some(name) = &self.metric else {
+            let bits = self.element.as_deref() == Some("bits");
+            return Ok(if bits { Metric::Hamming } else { Metric::Cosine });
+        };
         match name.parse() {
-            Err(_) => {
-                Err(ConfigError { key: "metric", message: format!("\"{name}\" is none of \"cosine\", \"l2\", \"ip\"") })
-            }
+            Err(_) => Err(ConfigError {
+                key: "metric",
+                message: format!("\"{name}\" is none of \"cosine\", \"l2\", \"ip\", \"hamming\""),
+            }),
             Ok(metric) => Ok(metric),
         }
     }
 
     fn element(&self) -> Result<Option<Element>, ConfigError> {
-        let Some(name) = &self.element else { return Ok(None) };
+        let Some(name) = &self.element else {
+            let bits = self.metric.as_deref() == Some("hamming");
+            return Ok(bits.then_some(Element::Bits));
+        };
         match name.parse() {
             Err(_) => Err(ConfigError {
                 key: "element",
-                message: format!("\"{name}\" is none of \"f32\", \"f16\", \"i8\", \"u8\""),
+                message: format!("\"{name}\" is none of \"f32\", \"f16\", \"i8\", \"u8\", \"bits\""),
             }),
             Ok(element) => Ok(Some(element)),
         }

@@ -47,9 +47,10 @@ pub struct Hit {
     pub row: u32,
     /// The file's path relative to the scope; bytes, as file names are.
     pub path: Vec<u8>,
-    /// l2: Euclidean distance. cosine: 1 − cosine similarity (0 to 2). ip: minus the inner product.
+    /// l2: Euclidean distance. cosine: 1 − cosine similarity (0 to 2). ip: minus the inner product. hamming: bits that
+    /// differ.
     pub distance: f32,
-    /// Larger is nearer. l2: 1 / (1 + distance). cosine: cosine similarity. ip: inner product.
+    /// Larger is nearer. l2, hamming: 1 / (1 + distance). cosine: cosine similarity. ip: inner product.
     pub score: f32,
 }
 
@@ -128,6 +129,7 @@ pub(crate) fn hit(candidate: &Candidate, path: Vec<u8>, metric: Metric) -> Hit {
             (distance, 1.0 / (1.0 + distance))
         }
         Metric::InnerProduct => (raw, -raw),
+        Metric::Hamming => (raw, 1.0 / (1.0 + raw)),
         // Rounding may step past what a cosine can be.
         Metric::Cosine => (raw.clamp(0.0, 2.0), (1.0 - raw).clamp(-1.0, 1.0)),
     };
@@ -139,7 +141,7 @@ fn raw_distance(distance: f32, metric: Metric) -> f32 {
     match metric {
         Metric::L2 if distance < 0.0 => -1.0,
         Metric::L2 => distance * distance,
-        Metric::InnerProduct | Metric::Cosine => distance,
+        Metric::InnerProduct | Metric::Cosine | Metric::Hamming => distance,
     }
 }
 

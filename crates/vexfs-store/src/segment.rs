@@ -448,14 +448,15 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(value)
 }
 
-const METRICS: [Metric; 3] = [Metric::L2, Metric::InnerProduct, Metric::Cosine];
-const ELEMENTS: [Element; 4] = [Element::F32, Element::F16, Element::I8, Element::U8];
+const METRICS: [Metric; 4] = [Metric::L2, Metric::InnerProduct, Metric::Cosine, Metric::Hamming];
+const ELEMENTS: [Element; 5] = [Element::F32, Element::F16, Element::I8, Element::U8, Element::Bits];
 
 fn metric_code(metric: Metric) -> u8 {
     match metric {
         Metric::L2 => 0,
         Metric::InnerProduct => 1,
         Metric::Cosine => 2,
+        Metric::Hamming => 3,
     }
 }
 
@@ -469,6 +470,7 @@ fn element_code(element: Element) -> u8 {
         Element::F16 => 1,
         Element::I8 => 2,
         Element::U8 => 3,
+        Element::Bits => 4,
     }
 }
 

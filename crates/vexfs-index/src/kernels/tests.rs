@@ -7,7 +7,7 @@ fn reference(space: &Space, query: &[f32], row: &[u8]) -> f64 {
     let pairs = || query.iter().zip(&numbers).map(|(x, y)| (f64::from(*x), f64::from(*y)));
     let dot: f64 = pairs().map(|(x, y)| x * y).sum();
     match space.metric() {
-        Metric::L2 => pairs().map(|(x, y)| (x - y) * (x - y)).sum(),
+        Metric::L2 | Metric::Hamming => pairs().map(|(x, y)| (x - y) * (x - y)).sum(),
         Metric::InnerProduct => -dot,
         Metric::Cosine => {
             let length = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
