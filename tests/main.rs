@@ -9,6 +9,7 @@ mod crash;
 mod files;
 mod inputs;
 mod mounting;
+mod permissions;
 mod searching;
 mod semantics;
 mod support;

@@ -1,6 +1,7 @@
 //! `vexfs bench`: measurements, not tests.
 
 pub mod filter;
+pub mod fs;
 pub mod index;
 
 use std::fs::File;
