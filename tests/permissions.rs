@@ -326,8 +326,12 @@ fn searches_tell_of_what_open_allows_and_of_all_of_it() {
         let found = paths(&answer);
         let hidden: Vec<&String> = found.iter().filter(|path| !open.contains(path)).collect();
         assert!(hidden.is_empty(), "case {case}, {user:?}: {hidden:?} can't be opened");
-        let nearest: Vec<&String> = wanted.iter().map(|(_, name)| *name).take(k).collect();
-        assert_eq!(found.iter().collect::<Vec<_>>(), nearest, "case {case}, {user:?}, k {k}");
+        assert_eq!(found.len(), k.min(wanted.len()), "case {case}, {user:?}, k {k}: {found:?} of {wanted:?}");
+        for (path, (nearness, name)) in found.iter().zip(&wanted) {
+            // Two that are as near but for rounding may change places.
+            let near = (cosine(&files[path]) - nearness).abs() < 1e-5;
+            assert!(near, "case {case}, {user:?}, k {k}: {path} where {name} is nearer");
+        }
         shown += found.len();
     }
     assert!(shown > cases, "{shown} hits in {cases} cases: hardly anything was readable");
