@@ -189,3 +189,32 @@ fn the_state_directory_is_out_of_reach_and_its_name_reserved() {
     assert!(fs::write(v.path(".vexfs/x"), "").is_err());
     assert!(v.source().join(".vexfs/catalog").exists());
 }
+
+#[test]
+fn names_and_sizes_go_as_far_as_the_sources() {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+    let Some(v) = Volume::new(&[]) else { return };
+    let name: Vec<u8> = (0..255u32).map(|n| 0x80 + (n % 0x7f) as u8).collect();
+    let path = v.mnt().join(OsStr::from_bytes(&name));
+    let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+    let far = (5u64 << 30) + 7;
+    file.write_all_at(b"far", far).unwrap();
+    assert_eq!(file.metadata().unwrap().len(), far + 3);
+    drop(file);
+    v.remount();
+    let listed: Vec<_> = fs::read_dir(v.mnt()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(listed, [OsStr::from_bytes(&name)]);
+    let mut three = [0; 3];
+    File::open(&path).unwrap().read_exact_at(&mut three, far).unwrap();
+    assert_eq!(&three, b"far");
+    let longer = v.mnt().join(OsStr::from_bytes(&[name, b"x".to_vec()].concat()));
+    assert_eq!(File::create(longer).unwrap_err().raw_os_error(), Some(Errno::NAMETOOLONG.raw_os_error()));
+}
+
+#[test]
+fn files_without_a_name_are_refused_as_the_fuse_crate_cant_make_them() {
+    let Some(v) = Volume::new(&[]) else { return };
+    let made = rustix::fs::open(v.mnt(), rustix::fs::OFlags::TMPFILE | rustix::fs::OFlags::RDWR, 0o600.into());
+    assert_eq!(made.unwrap_err(), Errno::OPNOTSUPP);
+}

@@ -10,6 +10,7 @@ mod disks;
 mod files;
 mod inputs;
 mod mounting;
+mod permissions;
 mod searching;
 mod semantics;
 mod support;

@@ -155,3 +155,53 @@ fn a_normal_user_mounts_through_fusermount_with_the_same_semantics() {
     as_owner(&format!("{VEXFS} umount {mnt}"));
     assert!(!v.is_mounted());
 }
+
+#[test]
+fn mount_8_finds_its_helper_and_the_daemon_has_a_log() {
+    let Some(v) = Volume::unmounted(&[]) else { return };
+    let helper = v.dir.path().join("mount.fuse.vexfs");
+    std::os::unix::fs::symlink(VEXFS, &helper).unwrap();
+    let mounted = Command::new(&helper)
+        .args([v.source(), v.mnt()])
+        .args(["-n", "-o", "rw,noauto,nofail,vexfs.strict,vexfs.sync=immediate"])
+        .output()
+        .unwrap();
+    assert!(mounted.status.success(), "{}", String::from_utf8_lossy(&mounted.stderr));
+    let stats = v.stats("");
+    assert_eq!((&stats["strict"], &stats["sync"]), (&true.into(), &"immediate".into()));
+    assert_eq!(stats["panics"], 0);
+    let log = fs::read_link(format!("/proc/{}/fd/2", v.pid())).unwrap();
+    assert_eq!(log, v.source().join(".vexfs/log"));
+    v.umount();
+}
+
+#[test]
+fn a_mount_is_forced_away_while_files_are_open_and_after_its_daemon_died() {
+    let Some(v) = Volume::new(&[]) else { return };
+    if skip(!is_root(), "aborting a connection needs root") {
+        return;
+    }
+    let mnt = v.mnt();
+    let mnt = mnt.to_str().unwrap();
+    let open = fs::File::open(v.mnt()).unwrap();
+    let forced = v.command(&["umount", "--force", mnt]);
+    assert!(forced.status.success(), "{}", String::from_utf8_lossy(&forced.stderr));
+    assert!(!v.is_mounted());
+    drop(open);
+    let refused = v.command(&["umount", "--force", mnt]);
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("no VexFS volume is mounted there"));
+
+    // The daemon of the first mount may still be closing the volume.
+    while !v.try_mount().status.success() {
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    let pid = rustix::process::Pid::from_raw(v.pid()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    while fs::metadata(v.mnt()).is_ok() {
+        std::thread::yield_now();
+    }
+    let status = v.command(&["status"]);
+    assert!(String::from_utf8_lossy(&status.stdout).contains("vexfs umount --force"), "{status:?}");
+    assert!(v.command(&["umount", "--force", mnt]).status.success());
+    assert!(!v.is_mounted());
+}

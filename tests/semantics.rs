@@ -9,6 +9,7 @@ fn each_promise_names_a_test_that_exists() {
         include_str!("files.rs"),
         include_str!("inputs.rs"),
         include_str!("mounting.rs"),
+        include_str!("permissions.rs"),
         include_str!("searching.rs"),
         include_str!("upkeep.rs"),
         include_str!("vectors.rs"),

@@ -3,12 +3,13 @@
 
 use std::sync::Arc;
 
-use rustix::fs::{Access as Mode, AtFlags, accessat};
+use rustix::fs::{Mode, OFlags, ResolveFlags, Stat, fstat, openat2};
 use rustix::io::Errno;
 use rustix::process::{Gid, Uid, geteuid};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 
 use crate::errors::Failure;
+use crate::reopen::Reopener;
 use crate::source::Source;
 
 /// The process behind a request, as FUSE tells it.
@@ -39,6 +40,11 @@ pub enum Identity {
 }
 
 impl Caller {
+    /// Do its writes take set-id bits away? (CAP_FSETID, which FUSE doesn't tell: taken to be root's.)
+    pub fn is_stranger(self) -> bool {
+        self.uid != 0
+    }
+
     /// Looks the supplementary groups up; EACCES where that can't be done, never fewer groups than there are.
     pub fn identify(self) -> Result<Identity, Errno> {
         let own = geteuid();
@@ -96,20 +102,32 @@ impl Drop for Restore {
 }
 
 /// Asks the kernel about files of the source.
-pub struct Access {
+pub struct Gate {
     source: Arc<Source>,
+    reopener: Reopener,
 }
 
-impl Access {
+impl Gate {
     /// For files below the source's root.
-    pub fn new(source: Arc<Source>) -> Access {
-        Access { source }
+    pub fn new(source: Arc<Source>) -> Result<Gate, Errno> {
+        Ok(Gate { source, reopener: Reopener::new()? })
     }
 
-    /// Could `identity` open the file at `path` for reading now?
-    pub fn may_read(&self, identity: &Identity, path: &[u8]) -> bool {
-        let ask = || accessat(self.source.root(), path, Mode::READ_OK, AtFlags::EACCESS);
-        matches!(identity.act(ask), Ok(Ok(())))
+    /// What is at `path`, if `identity` could open it for reading there now. One object is found, checked and
+    /// described, so nothing can take its place in between; symlinks on the way are not followed.
+    pub fn readable(&self, identity: &Identity, path: &[u8]) -> Option<Stat> {
+        let look = || {
+            let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+            let path = if path.is_empty() { b"." } else { path };
+            let found = openat2(self.source.root(), path, flags, Mode::empty(), resolve)?;
+            self.reopener.may_read(&found)?;
+            fstat(&found)
+        };
+        match identity.act(look) {
+            Ok(Ok(stat)) => Some(stat),
+            Ok(Err(_)) | Err(_) => None,
+        }
     }
 
     /// The identity of a caller of the search.

@@ -4,7 +4,7 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -20,6 +20,7 @@ use vexfs_store::FileId;
 use crate::access::Caller;
 use crate::events::{Cause, Events, Moved};
 use crate::nodes::{Node, Nodes};
+use crate::umask::with_umask;
 use crate::walk::RESERVED;
 
 /// A file with what the kernel is told of it.
@@ -38,6 +39,10 @@ pub struct Handle {
     pub node: Arc<Node>,
     /// Open for writing.
     pub writable: bool,
+    /// Open for writing by somebody whose writes take set-id bits away.
+    pub stranger: bool,
+    /// Its closing must be told before close(2) returns.
+    pub flushed: bool,
 }
 
 impl Handle {
@@ -80,6 +85,54 @@ pub struct Files {
     events: Arc<dyn Events>,
 }
 
+fn proc_path(node: &Node) -> String {
+    format!("/proc/self/fd/{}", node.fd.as_raw_fd())
+}
+
+/// The extended attribute that is a file's access control list.
+const ACL: &str = "system.posix_acl_access";
+
+/// The bits that a write by somebody without CAP_FSETID takes away: set-group-id without group execution is none.
+fn set_id_bits(mode: u32) -> u32 {
+    let group = if mode & 0o2010 == 0o2010 { 0o2000 } else { 0 };
+    (mode & 0o4000) | group
+}
+
+fn set_id(stat: &Stat) -> bool {
+    FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile && set_id_bits(stat.st_mode) != 0
+}
+
+/// A writer of a node, counted until it is released; taken back if it doesn't come to a handle.
+struct Counted {
+    node: Arc<Node>,
+    stranger: bool,
+    kept: bool,
+}
+
+impl Counted {
+    fn new(caller: Caller, node: &Arc<Node>) -> Counted {
+        let stranger = caller.is_stranger();
+        node.writers.fetch_add(1, Ordering::AcqRel);
+        node.strangers.fetch_add(u32::from(stranger), Ordering::AcqRel);
+        Counted { node: Arc::clone(node), stranger, kept: false }
+    }
+
+    /// The handle takes it over. True for a stranger's.
+    fn keep(mut self) -> bool {
+        self.kept = true;
+        self.stranger
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        if !self.kept {
+            self.node.writers.fetch_sub(1, Ordering::AcqRel);
+            self.node.strangers.fetch_sub(u32::from(self.stranger), Ordering::AcqRel);
+        }
+    }
+}
+
 fn refuse_reserved(name: &OsStr) -> Result<(), Errno> {
     if name == RESERVED { Err(Errno::PERM) } else { Ok(()) }
 }
@@ -90,29 +143,81 @@ impl Files {
         Files { nodes, events }
     }
 
-    fn enter(&self, parent: &Node, name: &OsStr, created: bool) -> Result<Entry, Errno> {
+    /// Does the source have POSIX access control lists?
+    pub fn has_acls(&self) -> bool {
+        let list = |id| rustix::fs::getxattr_query(self.xattr_path(id)?, ACL);
+        !matches!(list(FileId::ROOT.0), Err(Errno::OPNOTSUPP))
+    }
+
+    /// Counts a lookup of the file that a name leads to. `hint` is its number, where the caller knows it.
+    fn enter(&self, parent: &Node, name: &OsStr, hint: Option<u64>, created: bool) -> Result<Entry, Errno> {
         let place = (parent.id, name);
-        let stat = rustix::fs::statat(&parent.fd, name, AtFlags::SYMLINK_NOFOLLOW)?;
-        let (node, stat) = match self.nodes.meet(&stat, place) {
-            Some(node) => (node, stat),
-            None => {
-                let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                let fd = rustix::fs::openat(&parent.fd, name, flags, Mode::empty())?;
-                // What was opened counts, should the name have changed hands since.
-                let stat = rustix::fs::fstat(&fd)?;
-                (self.nodes.add(&stat, fd, place).0, stat)
+        // One system call for a file that is known, two for one that isn't; a listing tells which it is.
+        if hint.is_none_or(|id| self.nodes.get(id).is_ok()) {
+            let stat = rustix::fs::statat(&parent.fd, name, AtFlags::SYMLINK_NOFOLLOW)?;
+            if let Some(node) = self.nodes.meet(&stat, place) {
+                return Ok(self.met(&node, stat, parent, name, created));
             }
-        };
+        }
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd = rustix::fs::openat(&parent.fd, name, flags, Mode::empty())?;
+        // What was opened counts, should the name have changed hands since.
+        let stat = rustix::fs::fstat(&fd)?;
+        let node = self.nodes.add(&stat, fd, place).0;
+        Ok(self.met(&node, stat, parent, name, created))
+    }
+
+    fn met(&self, node: &Node, mut stat: Stat, parent: &Node, name: &OsStr, created: bool) -> Entry {
         if node.kind == FileType::RegularFile && node.native && self.events.interested(name) {
             node.interesting.store(true, Ordering::Release);
             self.events.seen(parent.file(), name, node.file(), created);
         }
-        Ok(Entry { id: node.id, stat })
+        self.settle_privileges(node, &mut stat);
+        Entry { id: node.id, stat }
+    }
+
+    /// Under passthrough the kernel leaves it to us to take set-id bits away when somebody without CAP_FSETID writes,
+    /// and doesn't tell us of the write. While such a writer has the file open, whoever looks at it finds out.
+    fn settle_privileges(&self, node: &Node, stat: &mut Stat) {
+        if node.strangers.load(Ordering::Acquire) == 0 || !set_id(stat) {
+            return;
+        }
+        match *node.set_id_since.lock() {
+            Some(since) if since != (stat.st_mtime, stat.st_mtime_nsec) => {}
+            _ => return,
+        }
+        if let Err(errno) = self.take_privileges(node, stat) {
+            log::error!("inode {}: its set-id bits can't be taken away: {errno}", node.id);
+        }
+    }
+
+    fn take_privileges(&self, node: &Node, stat: &mut Stat) -> Result<(), Errno> {
+        let mode = stat.st_mode & 0o7777 & !set_id_bits(stat.st_mode);
+        self.nodes.reopener.chmod(&node.fd, Mode::from_raw_mode(mode))?;
+        *stat = rustix::fs::fstat(&node.fd)?;
+        Ok(())
+    }
+
+    /// After a change of bytes that the daemon made for `caller`.
+    fn wrote(&self, caller: Caller, node: &Node) -> Result<(), Errno> {
+        if !caller.is_stranger() {
+            return Ok(());
+        }
+        let mut stat = rustix::fs::fstat(&node.fd)?;
+        match set_id(&stat) {
+            true => self.take_privileges(node, &mut stat),
+            false => Ok(()),
+        }
     }
 
     /// Looks a name up; counts as one lookup.
     pub fn lookup(&self, parent: u64, name: &OsStr) -> Result<Entry, Errno> {
-        self.enter(&*self.nodes.get(parent)?, name, false)
+        self.enter(&*self.nodes.get(parent)?, name, None, false)
+    }
+
+    /// Looks a name up that a listing gave with its inode number; counts as one lookup.
+    pub fn lookup_listed(&self, parent: &Node, name: &OsStr, inode: u64) -> Result<Entry, Errno> {
+        self.enter(parent, name, Some(inode), false)
     }
 
     /// Takes lookups back.
@@ -123,28 +228,30 @@ impl Files {
     /// A file's attributes.
     pub fn getattr(&self, id: u64) -> Result<Entry, Errno> {
         let node = self.nodes.get(id)?;
-        Ok(Entry { id, stat: rustix::fs::fstat(&node.fd)? })
+        let mut stat = rustix::fs::fstat(&node.fd)?;
+        self.settle_privileges(&node, &mut stat);
+        Ok(Entry { id, stat })
     }
 
     /// Sets attributes, in the order that keeps set-id bits as the caller asked.
-    pub fn setattr(&self, id: u64, handle: Option<&Handle>, set: &SetAttr) -> Result<Entry, Errno> {
+    pub fn setattr(&self, caller: Caller, id: u64, handle: Option<&Handle>, set: &SetAttr) -> Result<Entry, Errno> {
         let node = self.nodes.get(id)?;
         if let Some(size) = set.size {
             match handle.filter(|handle| handle.writable) {
                 Some(handle) => rustix::fs::ftruncate(&handle.file, size)?,
                 None => {
-                    let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-                    let fd = rustix::fs::openat(CWD, node.proc_path(), flags, Mode::empty())?;
+                    let fd = self.nodes.reopener.open(&node.fd, OFlags::WRONLY | OFlags::NONBLOCK)?;
                     rustix::fs::ftruncate(&fd, size)?;
                 }
             }
+            self.wrote(caller, &node)?;
         }
         if set.uid.is_some() || set.gid.is_some() {
             let (uid, gid) = (set.uid.map(Uid::from_raw), set.gid.map(Gid::from_raw));
             rustix::fs::chownat(&node.fd, c"", uid, gid, AtFlags::EMPTY_PATH)?;
         }
         if let Some(mode) = set.mode {
-            rustix::fs::chmodat(CWD, node.proc_path(), Mode::from_raw_mode(mode), AtFlags::empty())?;
+            self.nodes.reopener.chmod(&node.fd, Mode::from_raw_mode(mode))?;
         }
         if set.atime.is_some() || set.mtime.is_some() {
             let times = Timestamps { last_access: timespec(set.atime), last_modification: timespec(set.mtime) };
@@ -152,13 +259,19 @@ impl Files {
             rustix::fs::utimensat(&node.fd, c"", &times, AtFlags::EMPTY_PATH)?;
         }
         let touched = set.size.is_some() || set.mtime.is_some();
-        if touched && node.interesting.load(Ordering::Acquire) && node.writers.load(Ordering::Acquire) == 0 {
-            let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-            if let Ok(fd) = rustix::fs::openat(CWD, node.proc_path(), flags, Mode::empty()) {
-                self.events.changed(node.file(), fd.as_fd(), Cause::Setattr)?;
-            }
+        if touched
+            && node.interesting.load(Ordering::Acquire)
+            && node.writers.load(Ordering::Acquire) == 0
+            && let Ok(fd) = self.nodes.reopener.open(&node.fd, OFlags::RDONLY)
+        {
+            self.events.changed(node.file(), fd.as_fd(), Cause::Setattr)?;
         }
-        Ok(Entry { id, stat: rustix::fs::fstat(&node.fd)? })
+        let stat = rustix::fs::fstat(&node.fd)?;
+        if node.strangers.load(Ordering::Acquire) > 0 && (set.mode.is_some() || set.mtime.is_some()) {
+            // Bits that were given now stay until the next write.
+            *node.set_id_since.lock() = Some((stat.st_mtime, stat.st_mtime_nsec));
+        }
+        Ok(Entry { id, stat })
     }
 
     /// A symlink's target.
@@ -173,32 +286,44 @@ impl Files {
         caller: Caller,
         parent: u64,
         name: &OsStr,
+        umask: u32,
         make: impl FnOnce(&OwnedFd) -> Result<(), Errno>,
     ) -> Result<Entry, Errno> {
         refuse_reserved(name)?;
         let parent = self.nodes.get(parent)?;
-        caller.identify()?.act(|| make(&parent.fd))??;
-        self.enter(&parent, name, true)
+        caller.identify()?.act(|| with_umask(umask, || make(&parent.fd)))???;
+        self.enter(&parent, name, None, true)
     }
 
     /// Makes a file, device, FIFO or socket.
-    pub fn mknod(&self, caller: Caller, parent: u64, name: &OsStr, mode: u32, device: u32) -> Result<Entry, Errno> {
+    pub fn mknod(
+        &self,
+        caller: Caller,
+        (parent, name): (u64, &OsStr),
+        (mode, umask): (u32, u32),
+        device: u32,
+    ) -> Result<Entry, Errno> {
         let (kind, mode) = (FileType::from_raw_mode(mode), Mode::from_raw_mode(mode & 0o7777));
         // The kernel packs a device number as minor 0-7, major 8-19, minor 20-31 (new_encode_dev).
         let (major, minor) = ((device >> 8) & 0xfff, (device & 0xff) | ((device >> 12) & 0xfff00));
         let device: Dev = rustix::fs::makedev(major, minor);
-        self.make(caller, parent, name, |fd| rustix::fs::mknodat(fd, name, kind, mode, device))
+        self.make(caller, parent, name, umask, |fd| rustix::fs::mknodat(fd, name, kind, mode, device))
     }
 
     /// Makes a directory.
-    pub fn mkdir(&self, caller: Caller, parent: u64, name: &OsStr, mode: u32) -> Result<Entry, Errno> {
+    pub fn mkdir(
+        &self,
+        caller: Caller,
+        (parent, name): (u64, &OsStr),
+        (mode, umask): (u32, u32),
+    ) -> Result<Entry, Errno> {
         let mode = Mode::from_raw_mode(mode & 0o7777);
-        self.make(caller, parent, name, |fd| rustix::fs::mkdirat(fd, name, mode))
+        self.make(caller, parent, name, umask, |fd| rustix::fs::mkdirat(fd, name, mode))
     }
 
     /// Makes a symlink.
     pub fn symlink(&self, caller: Caller, parent: u64, name: &OsStr, target: &OsStr) -> Result<Entry, Errno> {
-        self.make(caller, parent, name, |fd| rustix::fs::symlinkat(target, fd, name))
+        self.make(caller, parent, name, 0, |fd| rustix::fs::symlinkat(target, fd, name))
     }
 
     /// Gives a file another name.
@@ -208,11 +333,11 @@ impl Files {
         match rustix::fs::linkat(&node.fd, c"", &parent.fd, name, AtFlags::EMPTY_PATH) {
             // Without CAP_DAC_READ_SEARCH only the path of the descriptor can be linked.
             Err(Errno::NOENT) => {
-                rustix::fs::linkat(CWD, node.proc_path(), &parent.fd, name, AtFlags::SYMLINK_FOLLOW)?;
+                rustix::fs::linkat(CWD, proc_path(&node), &parent.fd, name, AtFlags::SYMLINK_FOLLOW)?;
             }
             other => other?,
         }
-        self.enter(&parent, name, true)
+        self.enter(&parent, name, None, true)
     }
 
     /// What a name leads to, without counting a lookup.
@@ -297,34 +422,48 @@ impl Files {
     }
 
     /// Opens a file with the caller's flags, for reading too where that is allowed, so that its vectors can be read.
-    pub fn open(&self, id: u64, flags: i32) -> Result<Handle, Errno> {
+    pub fn open(&self, caller: Caller, id: u64, flags: i32) -> Result<Handle, Errno> {
         let node = self.nodes.get(id)?;
         let flags = OFlags::from_bits_retain(flags as u32);
         let writable = flags.intersects(OFlags::WRONLY | OFlags::RDWR | OFlags::TRUNC);
         let dropped = OFlags::NOFOLLOW | OFlags::CREATE | OFlags::EXCL | OFlags::DIRECT | OFlags::RWMODE;
-        let kept = flags.difference(dropped) | OFlags::CLOEXEC;
-        let open = |mode: OFlags| rustix::fs::openat(CWD, node.proc_path(), kept | mode, Mode::empty());
+        let kept = flags.difference(dropped);
         if !writable {
-            return Ok(Handle { file: File::from(open(OFlags::RDONLY)?), node, writable });
+            let file = File::from(self.nodes.reopener.open(&node.fd, kept | OFlags::RDONLY)?);
+            return Ok(Handle { file, node, writable, stranger: false, flushed: false });
         }
         // Counted before the file may be truncated: until close its old vectors stand.
-        node.writers.fetch_add(1, Ordering::AcqRel);
-        match open(OFlags::RDWR).or_else(|_| open(flags & OFlags::RWMODE)) {
-            Ok(fd) => Ok(Handle { file: File::from(fd), node, writable }),
-            Err(errno) => {
-                node.writers.fetch_sub(1, Ordering::AcqRel);
-                Err(errno)
-            }
+        let counted = Counted::new(caller, &node);
+        let opened = self
+            .nodes
+            .reopener
+            .open(&node.fd, kept | OFlags::RDWR)
+            .or_else(|_| self.nodes.reopener.open(&node.fd, kept | (flags & OFlags::RWMODE)))?;
+        if flags.contains(OFlags::TRUNC) {
+            self.wrote(caller, &node)?;
         }
+        let flushed = self.watch_privileges(caller, &node)?;
+        let stranger = counted.keep();
+        Ok(Handle { file: File::from(opened), stranger, flushed, node, writable })
+    }
+
+    /// A stranger opened the file for writing. True if its closing must be told: what others own may be given
+    /// set-id bits while the stranger writes.
+    fn watch_privileges(&self, caller: Caller, node: &Node) -> Result<bool, Errno> {
+        if !caller.is_stranger() {
+            return Ok(false);
+        }
+        let stat = rustix::fs::fstat(&node.fd)?;
+        node.set_id_since.lock().get_or_insert((stat.st_mtime, stat.st_mtime_nsec));
+        Ok(set_id(&stat) || stat.st_uid != caller.uid)
     }
 
     /// Makes a file and opens it.
     pub fn create(
         &self,
         caller: Caller,
-        parent: u64,
-        name: &OsStr,
-        mode: u32,
+        (parent, name): (u64, &OsStr),
+        (mode, umask): (u32, u32),
         flags: i32,
     ) -> Result<(Entry, Handle), Errno> {
         refuse_reserved(name)?;
@@ -332,16 +471,31 @@ impl Files {
         let flags = OFlags::from_bits_retain(flags as u32);
         let writable = flags.intersects(OFlags::WRONLY | OFlags::RDWR);
         let mode_bits = Mode::from_raw_mode(mode & 0o7777);
-        let access = if writable { OFlags::RDWR } else { OFlags::RDONLY };
-        let exclusive = flags & (OFlags::EXCL | OFlags::APPEND);
-        let made = OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC | exclusive | access;
-        let fd = caller.identify()?.act(|| rustix::fs::openat(&parent.fd, name, made, mode_bits))??;
-        let entry = self.enter(&parent, name, true)?;
-        let node = self.nodes.get(entry.id)?;
-        if writable {
-            node.writers.fetch_add(1, Ordering::AcqRel);
-        }
-        Ok((entry, Handle { file: File::from(fd), node, writable }))
+        let kept = flags & (OFlags::EXCL | OFlags::APPEND | OFlags::TRUNC);
+        let made = OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC | kept;
+        let make = |access: OFlags| rustix::fs::openat(&parent.fd, name, made | access, mode_bits);
+        let open = || match writable {
+            // One that came to be there meanwhile may be closed to the caller's reading.
+            true => make(OFlags::RDWR).or_else(|errno| match errno {
+                Errno::ACCESS => make(flags & OFlags::RWMODE),
+                other => Err(other),
+            }),
+            false => make(OFlags::RDONLY),
+        };
+        let fd = caller.identify()?.act(|| with_umask(umask, open))???;
+        let stat = rustix::fs::fstat(&fd)?;
+        let node = match self.nodes.meet(&stat, (parent.id, name)) {
+            Some(node) => node,
+            None => {
+                let path = self.nodes.reopener.open(&fd, OFlags::PATH)?;
+                self.nodes.add(&stat, path, (parent.id, name)).0
+            }
+        };
+        let counted = writable.then(|| Counted::new(caller, &node));
+        let entry = self.met(&node, stat, &parent, name, true);
+        let flushed = writable && self.watch_privileges(caller, &node)?;
+        let stranger = counted.is_some_and(Counted::keep);
+        Ok((entry, Handle { file: File::from(fd), node, writable, stranger, flushed }))
     }
 
     /// Reads.
@@ -359,12 +513,22 @@ impl Files {
     }
 
     /// Writes.
-    pub fn write(&self, handle: &Handle, offset: u64, data: &[u8]) -> Result<usize, Errno> {
-        rustix::io::pwrite(&handle.file, data, offset)
+    pub fn write(&self, handle: &Handle, offset: u64, data: &[u8], strip: bool) -> Result<usize, Errno> {
+        let written = rustix::io::pwrite(&handle.file, data, offset)?;
+        if strip {
+            let mut stat = rustix::fs::fstat(&handle.file)?;
+            if set_id(&stat) {
+                self.take_privileges(&handle.node, &mut stat)?;
+            }
+        }
+        Ok(written)
     }
 
     /// One descriptor of the handle was closed: what it wrote is read now.
     pub fn flush(&self, handle: &Handle) -> Result<(), Errno> {
+        if handle.stranger {
+            self.settle_privileges(&handle.node, &mut rustix::fs::fstat(&handle.file)?);
+        }
         if !handle.matters() {
             return Ok(());
         }
@@ -373,6 +537,15 @@ impl Files {
 
     /// The last descriptor was closed, the last mapping is gone.
     pub fn release(&self, handle: &Handle) {
+        if handle.stranger {
+            match rustix::fs::fstat(&handle.file) {
+                Ok(mut stat) => self.settle_privileges(&handle.node, &mut stat),
+                Err(errno) => log::error!("inode {}: {errno} at release", handle.node.id),
+            }
+            if handle.node.strangers.fetch_sub(1, Ordering::AcqRel) == 1 {
+                *handle.node.set_id_since.lock() = None;
+            }
+        }
         let last = handle.writable && handle.node.writers.fetch_sub(1, Ordering::AcqRel) == 1;
         if last && handle.matters() {
             // Nobody waits for the answer; what was refused is in the file's status.
@@ -413,8 +586,9 @@ impl Files {
     }
 
     /// Reserves or frees space.
-    pub fn fallocate(&self, handle: &Handle, mode: i32, offset: u64, length: u64) -> Result<(), Errno> {
-        rustix::fs::fallocate(&handle.file, FallocateFlags::from_bits_retain(mode as u32), offset, length)
+    pub fn fallocate(&self, caller: Caller, handle: &Handle, mode: i32, offset: u64, length: u64) -> Result<(), Errno> {
+        rustix::fs::fallocate(&handle.file, FallocateFlags::from_bits_retain(mode as u32), offset, length)?;
+        self.wrote(caller, &handle.node)
     }
 
     /// Finds data or a hole.
@@ -429,16 +603,29 @@ impl Files {
     }
 
     /// Copies within the file system below.
-    pub fn copy_range(&self, from: (&Handle, u64), to: (&Handle, u64), len: u64) -> Result<usize, Errno> {
+    pub fn copy_range(
+        &self,
+        caller: Caller,
+        from: (&Handle, u64),
+        to: (&Handle, u64),
+        len: u64,
+    ) -> Result<usize, Errno> {
         let (mut start, mut end) = (from.1, to.1);
         let len = len.min(1 << 30) as usize;
-        rustix::fs::copy_file_range(&from.0.file, Some(&mut start), &to.0.file, Some(&mut end), len)
+        let copied = rustix::fs::copy_file_range(&from.0.file, Some(&mut start), &to.0.file, Some(&mut end), len)?;
+        self.wrote(caller, &to.0.node)?;
+        Ok(copied)
     }
 
     /// Sets an extended attribute.
-    pub fn setxattr(&self, id: u64, name: &OsStr, value: &[u8], flags: i32) -> Result<(), Errno> {
+    pub fn setxattr(&self, caller: Caller, id: u64, name: &OsStr, value: &[u8], flags: i32) -> Result<(), Errno> {
         let path = self.xattr_path(id)?;
-        rustix::fs::setxattr(path, name.as_bytes(), value, XattrFlags::from_bits_retain(flags as u32))
+        let set = || rustix::fs::setxattr(path, name.as_bytes(), value, XattrFlags::from_bits_retain(flags as u32));
+        // An ACL that somebody outside the file's group sets takes the set-group-id bit: for the kernel to decide.
+        match name.as_bytes() == ACL.as_bytes() && caller.is_stranger() {
+            true => caller.identify()?.act(set)?,
+            false => set(),
+        }
     }
 
     /// Reads an extended attribute.
@@ -467,7 +654,7 @@ impl Files {
         if node.kind == FileType::Symlink {
             return Err(Errno::OPNOTSUPP);
         }
-        Ok(node.proc_path())
+        Ok(proc_path(&node))
     }
 }
 

@@ -64,11 +64,15 @@ fn caller(request: &Request) -> Caller {
     Caller { uid: request.uid(), gid: request.gid(), pid: request.pid() }
 }
 
+/// Handlers that panicked, of all mounts of this process.
+pub static PANICS: AtomicU64 = AtomicU64::new(0);
+
 /// A panic in a handler is this request's error, not the mount's end.
 fn guarded<T>(what: &str, work: impl FnOnce() -> Result<T, Sys>) -> Result<T, Errno> {
     match catch_unwind(AssertUnwindSafe(work)) {
         Ok(result) => result.map_err(errno),
         Err(_) => {
+            PANICS.fetch_add(1, Ordering::Relaxed);
             log::error!("{what}: a handler panicked; the caller was answered EIO");
             Err(Errno::EIO)
         }
@@ -223,7 +227,7 @@ impl Fuse {
 
     fn keep(&self, handle: Handle, backing: Option<Arc<BackingId>>) -> (FileHandle, FopenFlags) {
         let mut flags = FopenFlags::empty();
-        if !handle.matters() {
+        if !handle.matters() && !handle.flushed {
             flags |= FopenFlags::FOPEN_NOFLUSH;
         }
         let number = self.number();
@@ -258,11 +262,17 @@ impl Filesystem for Fuse {
             InitFlags::FUSE_ASYNC_DIO,
             InitFlags::FUSE_AUTO_INVAL_DATA,
             InitFlags::FUSE_ATOMIC_O_TRUNC,
+            // Without it each write asks for security.capability first; `files` takes set-id bits away instead.
+            InitFlags::FUSE_HANDLE_KILLPRIV_V2,
+            InitFlags::FUSE_DONT_MASK,
         ];
         for flag in wanted {
             if config.add_capabilities(flag).is_err() {
                 log::info!("the kernel lacks {flag:?}");
             }
+        }
+        if self.files.has_acls() && config.add_capabilities(InitFlags::FUSE_POSIX_ACL).is_err() {
+            log::warn!("the kernel lacks POSIX ACLs over FUSE: those of the source aren't enforced");
         }
         let passthrough = config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok()
             && config.set_max_stack_depth(self.stack_depth).is_ok();
@@ -308,7 +318,7 @@ impl Filesystem for Fuse {
 
     fn setattr(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         mode: Option<u32>,
         uid: Option<u32>,
@@ -339,7 +349,7 @@ impl Filesystem for Fuse {
         let set = SetAttr { mode, uid, gid, size, atime: atime.map(set_time), mtime: mtime.map(set_time) };
         let result = guarded("setattr", || {
             let open = handle.and_then(|handle| self.file(handle).ok());
-            self.files.setattr(ino.0, open.as_ref().map(|open| &open.handle), &set)
+            self.files.setattr(caller(request), ino.0, open.as_ref().map(|open| &open.handle), &set)
         });
         match result {
             Ok(entry) => reply.attr(&TTL, &attr(entry.id, &entry.stat)),
@@ -364,15 +374,16 @@ impl Filesystem for Fuse {
         parent: INodeNo,
         name: &OsStr,
         mode: u32,
-        _umask: u32,
+        umask: u32,
         device: u32,
         reply: ReplyEntry,
     ) {
-        self.entry("mknod", reply, || self.files.mknod(caller(request), real(parent)?, name, mode, device));
+        let made = || self.files.mknod(caller(request), (real(parent)?, name), (mode, umask), device);
+        self.entry("mknod", reply, made);
     }
 
-    fn mkdir(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, _umask: u32, reply: ReplyEntry) {
-        self.entry("mkdir", reply, || self.files.mkdir(caller(request), real(parent)?, name, mode));
+    fn mkdir(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
+        self.entry("mkdir", reply, || self.files.mkdir(caller(request), (real(parent)?, name), (mode, umask)));
     }
 
     fn unlink(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
@@ -416,7 +427,7 @@ impl Filesystem for Fuse {
                 Err(error) => reply.error(error),
             };
         }
-        let opened = guarded("open", || self.files.open(ino.0, flags.0));
+        let opened = guarded("open", || self.files.open(caller(request), ino.0, flags.0));
         let handle = match opened {
             Ok(handle) => handle,
             Err(error) => return reply.error(error),
@@ -435,11 +446,12 @@ impl Filesystem for Fuse {
         parent: INodeNo,
         name: &OsStr,
         mode: u32,
-        _umask: u32,
+        umask: u32,
         flags: i32,
         reply: ReplyCreate,
     ) {
-        let made = guarded("create", || self.files.create(caller(request), real(parent)?, name, mode, flags));
+        let made =
+            guarded("create", || self.files.create(caller(request), (real(parent)?, name), (mode, umask), flags));
         let (entry, handle) = match made {
             Ok(made) => made,
             Err(error) => return reply.error(error),
@@ -481,14 +493,17 @@ impl Filesystem for Fuse {
         handle: FileHandle,
         offset: u64,
         data: &[u8],
-        _write_flags: WriteFlags,
+        write_flags: WriteFlags,
         _flags: OpenFlags,
         _owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
         let result = guarded("write", || match ino.0 >= VIRTUAL_BASE {
             true => self.views.write(caller(request), handle.0, data),
-            false => self.files.write(&self.file(handle)?.handle, offset, data),
+            false => {
+                let strip = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
+                self.files.write(&self.file(handle)?.handle, offset, data, strip)
+            }
         });
         match result {
             Ok(written) => reply.written(written as u32),
@@ -589,7 +604,10 @@ impl Filesystem for Fuse {
                 Err(error) => reply.error(error),
             };
         }
+        let mut failed = None;
+        let mut added = false;
         let result = guarded("readdirplus", || {
+            let parent = self.files.nodes.get(ino.0)?;
             self.real_dir(
                 handle,
                 offset,
@@ -597,23 +615,36 @@ impl Filesystem for Fuse {
                     let dots = item.name == "." || item.name == "..";
                     let looked = match dots {
                         true => self.files.getattr(ino.0),
-                        false => self.files.lookup(ino.0, item.name),
+                        false => self.files.lookup_listed(&parent, item.name, item.inode),
                     };
-                    // Gone since it was listed.
-                    let Ok(entry) = looked else { return false };
+                    let entry = match looked {
+                        Ok(entry) => entry,
+                        // Gone since it was listed.
+                        Err(Sys::NOENT) => return false,
+                        Err(error) => {
+                            failed = Some(error);
+                            return true;
+                        }
+                    };
                     let attr = attr(entry.id, &entry.stat);
                     let full = reply.add(INodeNo(entry.id), item.next, item.name, &TTL, &attr, GENERATION);
                     if full && !dots {
                         // It didn't fit: the kernel never hears of this lookup.
                         self.files.forget(entry.id, 1);
                     }
+                    added |= !full;
                     full
                 },
                 &mut reply,
-            )
+            )?;
+            // What came before is given; the next call begins with what failed.
+            match failed {
+                Some(error) if !added => Err(error),
+                _ => Ok(()),
+            }
         });
         match result {
-            Ok(_) => reply.ok(),
+            Ok(()) => reply.ok(),
             Err(error) => reply.error(error),
         }
     }
@@ -653,7 +684,7 @@ impl Filesystem for Fuse {
 
     fn setxattr(
         &self,
-        _request: &Request,
+        request: &Request,
         ino: INodeNo,
         name: &OsStr,
         value: &[u8],
@@ -665,7 +696,7 @@ impl Filesystem for Fuse {
             if name == crate::views::STATUS {
                 return Err(Sys::PERM);
             }
-            self.files.setxattr(real(ino)?, name, value, flags)
+            self.files.setxattr(caller(request), real(ino)?, name, value, flags)
         });
     }
 
@@ -701,7 +732,7 @@ impl Filesystem for Fuse {
 
     fn fallocate(
         &self,
-        _request: &Request,
+        request: &Request,
         _ino: INodeNo,
         handle: FileHandle,
         offset: u64,
@@ -709,7 +740,9 @@ impl Filesystem for Fuse {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        self.empty("fallocate", reply, || self.files.fallocate(&self.file(handle)?.handle, mode, offset, length));
+        self.empty("fallocate", reply, || {
+            self.files.fallocate(caller(request), &self.file(handle)?.handle, mode, offset, length)
+        });
     }
 
     fn lseek(&self, _request: &Request, ino: INodeNo, handle: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
@@ -725,7 +758,7 @@ impl Filesystem for Fuse {
 
     fn copy_file_range(
         &self,
-        _request: &Request,
+        request: &Request,
         _ino_in: INodeNo,
         from: FileHandle,
         offset_in: u64,
@@ -738,7 +771,7 @@ impl Filesystem for Fuse {
     ) {
         let result = guarded("copy_file_range", || {
             let (from, to) = (self.file(from)?, self.file(to)?);
-            self.files.copy_range((&from.handle, offset_in), (&to.handle, offset_out), len)
+            self.files.copy_range(caller(request), (&from.handle, offset_in), (&to.handle, offset_out), len)
         });
         match result {
             Ok(copied) => reply.written(copied as u32),
@@ -862,4 +895,16 @@ pub fn serve(fuse: Fuse, device: OwnedFd, loops: &Loops, ready: impl FnOnce()) -
     let session = Session::from_fd(fuse, device, config.acl, config)?;
     ready();
     session.run()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_in_a_handler_is_eio_and_counted() {
+        let before = PANICS.load(Ordering::Relaxed);
+        assert!(matches!(guarded::<()>("test", || panic!("on purpose")), Err(error) if error == Errno::EIO));
+        assert_eq!(PANICS.load(Ordering::Relaxed), before + 1);
+    }
 }

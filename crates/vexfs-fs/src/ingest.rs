@@ -10,6 +10,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use rustix::fs::Stat;
 use rustix::io::Errno;
 use vexfs_store::{Config, Content, FileId, Fingerprint, Link, Volume};
 
@@ -286,13 +287,12 @@ impl Ingest {
         Ok(self.volume.commit()?)
     }
 
-    /// Is the file at `path` still what the index was told?
-    pub fn standing(&self, file: FileId, path: &[u8], known: &Fingerprint) -> Standing {
-        let Ok(stat) = self.source.stat(path) else { return Standing::Gone };
-        if self.source.id(&stat) != Some(file) {
+    /// Is what was found under a file's name still what the index was told?
+    pub fn standing(&self, file: FileId, found: &Stat, known: &Fingerprint) -> Standing {
+        if self.source.id(found) != Some(file) {
             return Standing::Gone;
         }
-        let now = fingerprint(&stat);
+        let now = fingerprint(found);
         // While somebody has it open for writing the old vectors stand: close brings the new ones.
         if (now.size, now.mtime) == (known.size, known.mtime) || (self.being_written)(file) {
             Standing::Current

@@ -1,6 +1,7 @@
 //! A volume from its directories to a served mount, and back.
 
 use std::ffi::CString;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -14,7 +15,7 @@ use rustix::mount::{MountFlags, UnmountFlags};
 use vexfs_store::disk::DirDisk;
 use vexfs_store::{Options, SyncMode, Volume};
 
-use crate::access::Access;
+use crate::access::Gate;
 use crate::events::IndexEvents;
 use crate::files::Files;
 use crate::fuse::{self, Fuse, Loops};
@@ -66,6 +67,7 @@ pub struct Mounted {
     stop: Arc<AtomicBool>,
     walker: JoinHandle<()>,
     server: JoinHandle<io::Result<()>>,
+    log: File,
 }
 
 struct Checked {
@@ -117,8 +119,14 @@ pub(crate) fn open_dir(path: &Path) -> Result<OwnedFd, MountError> {
 fn raise_file_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
-    let most = Rlimit { current: limit.maximum, maximum: limit.maximum };
-    if let Err(why) = setrlimit(Resource::Nofile, most) {
+    let allowed = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    // What the kernel would give to the privileged, beyond what the session was given.
+    let system = std::fs::read_to_string("/proc/sys/fs/nr_open").ok().and_then(|most| most.trim().parse().ok());
+    let most = Rlimit { current: system, maximum: system };
+    if system.is_some() && setrlimit(Resource::Nofile, most).is_ok() {
+        return;
+    }
+    if let Err(why) = setrlimit(Resource::Nofile, allowed) {
         log::warn!("the limit of open files stays at {:?}: {why}", limit.current);
     }
 }
@@ -138,6 +146,7 @@ pub fn mount(options: &MountOptions) -> Result<Mounted, MountError> {
         return Err(error(state.display(), io::Error::from(why)));
     }
     let state_fd = open_dir(&state)?;
+    let log = open_log(&state_fd).map_err(|why| error(state.join(LOG).display(), io::Error::from(why)))?;
     let owned = |why: Errno| error(source.display(), io::Error::from(why));
     let nodes = Arc::new(Nodes::new(rustix::io::dup(&root).map_err(owned)?).map_err(owned)?);
     let files_root = Arc::new(Source::new(root).map_err(owned)?);
@@ -160,7 +169,7 @@ pub fn mount(options: &MountOptions) -> Result<Mounted, MountError> {
     };
     let events = IndexEvents { ingest: Arc::clone(&ingest), nodes: Arc::clone(&nodes) };
     let files = Arc::new(Files::new(Arc::clone(&nodes), Arc::new(events)));
-    let access = Access::new(Arc::clone(&files_root));
+    let access = Gate::new(Arc::clone(&files_root)).map_err(owned)?;
     let views = Arc::new(Views::new(Arc::clone(&ingest), access, nodes, facts));
     let fuse = Fuse::new(files, views, stack_depth(&files_root));
 
@@ -179,7 +188,23 @@ pub fn mount(options: &MountOptions) -> Result<Mounted, MountError> {
             })
             .map_err(|why| error("thread", why))?
     };
-    Ok(Mounted { mountpoint, device, volume, stop, walker, server })
+    Ok(Mounted { mountpoint, device, volume, stop, walker, server, log })
+}
+
+/// The log of a daemon that nobody watches, in the state directory.
+const LOG: &str = "log";
+/// One that is longer at a mount makes place for a new one; the one before is kept.
+const LONG_LOG: i64 = 4 << 20;
+
+fn open_log(state: &OwnedFd) -> Result<File, Errno> {
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::APPEND | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let open = || openat(state, LOG, flags, Mode::RUSR | Mode::WUSR);
+    let log = open()?;
+    if rustix::fs::fstat(&log)?.st_size < LONG_LOG {
+        return Ok(File::from(log));
+    }
+    rustix::fs::renameat(state, LOG, state, "log.1")?;
+    Ok(File::from(open()?))
 }
 
 /// Reads files again whose segment had to be given up, until `stop`.
@@ -369,6 +394,11 @@ fn receive_descriptor(socket: &std::os::unix::net::UnixStream) -> Result<Option<
 }
 
 impl Mounted {
+    /// Where the log of a daemon in the background goes: `log` in the state directory.
+    pub fn log(&self) -> &File {
+        &self.log
+    }
+
     /// Asks the kernel to unmount, if what is mounted there is still this volume. `lazily`: also while files are
     /// open; they keep working until they are closed.
     pub fn unmount(&self, lazily: bool) -> io::Result<()> {

@@ -16,6 +16,8 @@ use rustix::fs::{FileType, Stat};
 use rustix::io::Errno;
 use vexfs_store::FileId;
 
+use crate::reopen::Reopener;
+
 /// First number of virtual nodes.
 pub const VIRTUAL_BASE: u64 = 0xf000_0000_0000_0000;
 const SYNTHETIC: u64 = 1 << 62;
@@ -37,10 +39,16 @@ pub struct Node {
     pub interesting: AtomicBool,
     /// Handles open for writing.
     pub writers: AtomicU32,
+    /// Those of them whose writes take set-id bits away.
+    pub strangers: AtomicU32,
+    /// The modification time up to which the file's set-id bits are rightly there, while strangers may write.
+    pub set_id_since: Mutex<Option<(i64, u64)>>,
 }
 
 /// See the module.
 pub struct Nodes {
+    /// Opens nodes.
+    pub reopener: Reopener,
     device: u64,
     root_inode: u64,
     known: RwLock<HashMap<u64, Arc<Node>>>,
@@ -52,6 +60,7 @@ impl Nodes {
     pub fn new(root: OwnedFd) -> Result<Nodes, Errno> {
         let stat = rustix::fs::fstat(&root)?;
         let nodes = Nodes {
+            reopener: Reopener::new()?,
             device: stat.st_dev,
             root_inode: stat.st_ino,
             known: RwLock::new(HashMap::new()),
@@ -72,6 +81,8 @@ impl Nodes {
             place: Mutex::new(None),
             interesting: AtomicBool::new(false),
             writers: AtomicU32::new(0),
+            strangers: AtomicU32::new(0),
+            set_id_since: Mutex::new(None),
         }
     }
 
@@ -165,11 +176,5 @@ impl Node {
                 *place = Some((parent, name.to_owned()));
             }
         }
-    }
-
-    /// The path that reopens it with other flags.
-    pub fn proc_path(&self) -> String {
-        use std::os::fd::AsRawFd;
-        format!("/proc/self/fd/{}", self.fd.as_raw_fd())
     }
 }

@@ -6,7 +6,7 @@ use rustix::io::Errno;
 use vexfs_store::index::Effort;
 use vexfs_store::{Answer, Content, FileId, Hit, MAX_K, Query, Verdict};
 
-use crate::access::{Access, Caller, Identity};
+use crate::access::{Caller, Gate, Identity};
 use crate::errors::{Failure, name};
 use crate::ingest::{Ingest, Standing, When};
 use crate::wire::{ErrorLine, HitLine, Reply, Request};
@@ -27,7 +27,7 @@ pub struct Service<'a> {
     /// Files and store.
     pub ingest: &'a Ingest,
     /// What callers may see.
-    pub access: &'a Access,
+    pub access: &'a Gate,
 }
 
 impl Service<'_> {
@@ -41,7 +41,7 @@ impl Service<'_> {
             Ok(answer) => Reply {
                 hits: Some(answer.hits.into_iter().map(hit_line).collect()),
                 took_us: Some(began.elapsed().as_micros() as u64),
-                distances: Some(answer.distances),
+                distances: (answer.distances > 0).then_some(answer.distances),
                 error: None,
             },
             Err(failure) => Reply { error: Some(error_line(&failure)), ..Reply::default() },
@@ -89,7 +89,13 @@ impl Service<'_> {
             exclude,
             deadline: Some(deadline),
         };
-        Ok(self.judged(scope, caller, |verdict| self.ingest.volume.search(&query, verdict))??)
+        let identity = self.access.identify(caller)?;
+        let mut answer = self.judged(scope, &identity, |verdict| self.ingest.volume.search(&query, verdict))?;
+        if let Identity::Other { .. } = identity {
+            // It would tell how much there is that the asker can't see.
+            answer.distances = 0;
+        }
+        Ok(answer)
     }
 
     /// What the point that `like` names is linked to in its graph, as far as it lies below `scope` and the caller
@@ -97,19 +103,20 @@ impl Service<'_> {
     pub fn neighbors(&self, scope: FileId, caller: Caller, like: &str) -> Result<Vec<Hit>, Failure> {
         self.wait_for_scan(Instant::now() + DEFAULT_TIMEOUT)?;
         let (file, row) = self.point(scope, caller, like)?;
-        let found = self.judged(scope, caller, |verdict| self.ingest.volume.neighbors(file, row, scope, verdict))?;
+        let identity = self.access.identify(caller)?;
+        let found = self.judged(scope, &identity, |verdict| self.ingest.volume.neighbors(file, row, scope, verdict));
         found.ok_or_else(|| self.no_vector(file, row, like))
     }
 
     /// Asks the store with the verdict on each file that the caller's rights and the source give.
-    fn judged<T>(&self, scope: FileId, caller: Caller, ask: impl FnOnce(&mut Verdict<'_>) -> T) -> Result<T, Failure> {
+    fn judged<T>(&self, scope: FileId, identity: &Identity, ask: impl FnOnce(&mut Verdict<'_>) -> T) -> T {
         let mut stale = Vec::new();
         let scope_path = self.ingest.volume.dir_path(scope).unwrap_or_default();
-        let identity = self.access.identify(caller)?;
         let answer = ask(&mut |file, path, known| {
             let path = join(&scope_path, path);
-            match self.ingest.standing(file, &path, known) {
-                Standing::Current => self.access.may_read(&identity, &path),
+            let Some(found) = self.access.readable(identity, &path) else { return false };
+            match self.ingest.standing(file, &found, known) {
+                Standing::Current => true,
                 Standing::Changed => {
                     stale.push(file);
                     false
@@ -121,7 +128,7 @@ impl Service<'_> {
         for file in stale {
             self.ingest.read_known(file, When::Quiet);
         }
-        Ok(answer)
+        answer
     }
 
     /// The point that `path` or `path#row` names, if the caller may read it.
@@ -131,8 +138,10 @@ impl Service<'_> {
             None => (self.ingest.volume.dir_path(scope).unwrap_or_default(), like),
         };
         let whole = join(&base, relative.as_bytes());
-        let (path, row) = match (self.ingest.source.stat(&whole), relative.rsplit_once('#')) {
-            (Err(Errno::NOENT), Some((file, row))) => {
+        let identity = self.access.identify(caller)?;
+        // A name that the asker can't read is none: its `#` is taken for a row's.
+        let (path, row) = match (self.access.readable(&identity, &whole), relative.rsplit_once('#')) {
+            (None, Some((file, row))) => {
                 let row = row
                     .parse()
                     .map_err(|_| Failure::new(Errno::INVAL, format!("like: \"{row}\" is not a row number")))?;
@@ -144,13 +153,11 @@ impl Service<'_> {
         if path.split(|byte| *byte == b'/').any(|part| part == b".." || part == crate::walk::RESERVED.as_bytes()) {
             return Err(absent(Errno::NOENT));
         }
-        let identity = self.access.identify(caller)?;
-        if !self.access.may_read(&identity, &path) {
+        let Some(stat) = self.access.readable(&identity, &path) else {
             // A stranger isn't told whether it is there.
             let there = identity == Identity::Own && self.ingest.source.stat(&path).is_ok();
             return Err(absent(if there { Errno::ACCESS } else { Errno::NOENT }));
-        }
-        let stat = self.ingest.source.stat(&path).map_err(absent)?;
+        };
         let file = self.ingest.source.id(&stat).ok_or_else(|| absent(Errno::NODATA))?;
         Ok((file, row))
     }

@@ -20,7 +20,7 @@ use parking_lot::{Mutex, RwLock};
 use rustix::io::Errno;
 use vexfs_store::{Content, FileId, Hit};
 
-use crate::access::{Access, Caller, Identity};
+use crate::access::{Caller, Gate, Identity};
 use crate::control::obey;
 use crate::errors::{Failure, name};
 use crate::events::place;
@@ -124,7 +124,7 @@ pub struct MountFacts {
 /// See the module.
 pub struct Views {
     ingest: Arc<Ingest>,
-    access: Access,
+    access: Gate,
     nodes: Arc<Nodes>,
     facts: MountFacts,
     /// `passthrough` or `page cache`; decided at the first open.
@@ -138,7 +138,7 @@ pub struct Views {
 
 impl Views {
     /// Over a volume.
-    pub fn new(ingest: Arc<Ingest>, access: Access, nodes: Arc<Nodes>, facts: MountFacts) -> Views {
+    pub fn new(ingest: Arc<Ingest>, access: Gate, nodes: Arc<Nodes>, facts: MountFacts) -> Views {
         Views {
             ingest,
             access,
@@ -434,7 +434,7 @@ impl Views {
         let base = self.ingest.volume.dir_path(scope).unwrap_or_default();
         let identity = self.access.identify(caller).map_err(|failure: Failure| failure.errno)?;
         // Names of files that the caller may not read are not told.
-        report.errors.retain(|error| self.access.may_read(&identity, &join(&base, error.path.as_bytes())));
+        report.errors.retain(|error| self.access.readable(&identity, &join(&base, error.path.as_bytes())).is_some());
         let value = serde_json::json!({
             "mountpoint": self.facts.mountpoint,
             "source": self.facts.source,
@@ -442,10 +442,15 @@ impl Views {
             "pid": std::process::id(),
             "io": *self.io.lock(),
             "strict": self.facts.strict,
+            "panics": crate::fuse::PANICS.load(std::sync::atomic::Ordering::Relaxed),
             "version": env!("CARGO_PKG_VERSION"),
         });
         let mut report = serde_json::to_value(&report).map_err(|_| Errno::IO)?;
         if let (Some(all), Some(more)) = (report.as_object_mut(), value.as_object()) {
+            // Counts and collections are of the volume, whoever may read what: for its owner only.
+            if matches!(identity, Identity::Other { .. }) {
+                all.retain(|key, _| TOLD_TO_ALL.contains(&key.as_str()));
+            }
             all.extend(more.clone());
         }
         let mut text = serde_json::to_vec_pretty(&report).map_err(|_| Errno::IO)?;
@@ -453,6 +458,9 @@ impl Views {
         Ok(text)
     }
 }
+
+/// What `stats.json` tells of the store to those who are not the daemon's user.
+const TOLD_TO_ALL: [&str; 2] = ["errors", "sync"];
 
 /// The computed attribute.
 pub const STATUS: &str = "user.vexfs.status";

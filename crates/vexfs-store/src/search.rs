@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use vexfs_index::{Effort, Metric, Neighbor, Request, VectorError};
 
-use crate::catalog::Fingerprint;
+use crate::catalog::{Content, Fingerprint};
 use crate::collection::Collection;
 use crate::error::SearchError;
 use crate::id::FileId;
@@ -79,7 +79,7 @@ impl Volume {
     /// left is passed over for the next nearest, so `k` hits are returned where `k` exist.
     pub fn search(&self, query: &Query, verdict: &mut Verdict<'_>) -> Result<Answer, SearchError> {
         let inner = &*self.inner;
-        let Some((metric, chosen)) = inner.choose(query)? else { return Ok(Answer::default()) };
+        let Some((metric, chosen)) = inner.choose(query, verdict)? else { return Ok(Answer::default()) };
         let k = query.k.min(MAX_K);
         let mut answer = Answer::default();
         let mut paths: HashMap<FileId, Option<Vec<u8>>> = HashMap::new();
@@ -106,6 +106,10 @@ impl Volume {
                 }
             }
             if answer.hits.len() == k || all || rejected.len() == before {
+                if answer.hits.is_empty() && !rejected.is_empty() {
+                    // What can't be seen at all must not make the answer another than where it isn't.
+                    inner.choose_of(query, inner.shown(query, verdict)?)?;
+                }
                 return Ok(answer);
             }
             // What was rejected once is filtered in the walk; ask for more to meet the next ones sooner.
@@ -150,7 +154,35 @@ type Chosen = (Metric, Vec<Arc<Collection>>);
 
 impl Inner {
     /// The collections that a query asks; `None` where the scope has none with points.
-    fn choose(&self, query: &Query) -> Result<Option<Chosen>, SearchError> {
+    fn choose(&self, query: &Query, verdict: &mut Verdict<'_>) -> Result<Option<Chosen>, SearchError> {
+        match self.choose_of(query, self.related(query)?) {
+            Err(SearchError::WrongDimension { .. } | SearchError::Incomparable(_)) => {}
+            answer => return answer,
+        }
+        // Collections of which the asker may see nothing neither stand in the way nor are told of.
+        self.choose_of(query, self.shown(query, verdict)?)
+    }
+
+    /// Collections in the scope of which the asker may see something.
+    fn shown(&self, query: &Query, verdict: &mut Verdict<'_>) -> Result<Vec<Arc<Collection>>, SearchError> {
+        let mut related = self.related(query)?;
+        related.retain(|collection| self.shows_any(collection, query.scope, verdict));
+        Ok(related)
+    }
+
+    /// Has the collection a file below the scope that `verdict` lets pass?
+    fn shows_any(&self, collection: &Collection, scope: FileId, verdict: &mut Verdict<'_>) -> bool {
+        let files: Vec<FileId> = {
+            let tree = self.tree.read();
+            let in_it =
+                |content: &Content| matches!(content, Content::Indexed { collection: id, .. } if *id == collection.id);
+            tree.files().filter(|(_, row)| in_it(&row.content)).map(|(file, _)| file).collect()
+        };
+        files.into_iter().any(|file| self.permitted_path(file, scope, verdict).is_some())
+    }
+
+    /// Collections with points in the scope.
+    fn related(&self, query: &Query) -> Result<Vec<Arc<Collection>>, SearchError> {
         let all: Vec<Arc<Collection>> = self.collections.read().values().cloned().collect();
         let mut related: Vec<Arc<Collection>> = Vec::new();
         for collection in all {
@@ -172,6 +204,10 @@ impl Inner {
                 related.push(collection);
             }
         }
+        Ok(related)
+    }
+
+    fn choose_of(&self, query: &Query, related: Vec<Arc<Collection>>) -> Result<Option<Chosen>, SearchError> {
         let mut have = Vec::new();
         let mut fitting: Vec<(Metric, Arc<Collection>)> = Vec::new();
         for collection in related {

@@ -1,5 +1,6 @@
 //! `vexfs mount` and `vexfs umount`.
 
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -68,9 +69,9 @@ pub fn bytes(text: &str) -> Result<u64, String> {
 }
 
 /// Mounts. In the background this returns when the mount answers.
-pub fn mount(args: MountArgs) -> Result<(), String> {
+pub fn mount(args: MountArgs, called: &[OsString]) -> Result<(), String> {
     if !args.foreground && !args.background_child {
-        return spawn();
+        return spawn(called);
     }
     let options = MountOptions {
         source: args.source,
@@ -97,6 +98,8 @@ pub fn mount(args: MountArgs) -> Result<(), String> {
         Err(error) => return Err(error.to_string()),
     };
     if args.background_child {
+        // Nobody reads standard error any more.
+        rustix::stdio::dup2_stderr(mounted.log()).map_err(|error| format!("the log: {error}"))?;
         detach()?;
     }
     static ENDING: AtomicBool = AtomicBool::new(false);
@@ -128,10 +131,10 @@ fn end(mounted: &Mounted) {
 }
 
 /// Starts this program again in the background and waits for its word.
-fn spawn() -> Result<(), String> {
+fn spawn(called: &[OsString]) -> Result<(), String> {
     let program = std::env::current_exe().map_err(|error| format!("own program: {error}"))?;
     let mut child = Command::new(program)
-        .args(std::env::args_os().skip(1))
+        .args(called.iter().skip(1))
         .arg("--background-child")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -196,6 +199,21 @@ pub fn umount(mountpoint: &Path) -> Result<(), String> {
         rustix::event::poll(&mut fds, None).map_err(|error| format!("waiting for the daemon: {error}"))?;
     }
     Ok(())
+}
+
+/// Takes the mount out of the tree whatever holds it, and ends the daemon's connection.
+pub fn force(mountpoint: &Path) -> Result<(), String> {
+    // Nothing here may ask the daemon.
+    let path = std::path::absolute(mountpoint).map_err(|error| format!("{}: {error}", mountpoint.display()))?;
+    let volumes = mounts::volumes()?;
+    let Some(volume) = volumes.iter().rev().find(|volume| volume.mountpoint == path) else {
+        return Err(format!("{}: no VexFS volume is mounted there", mountpoint.display()));
+    };
+    let abort = format!("/sys/fs/fuse/connections/{}/abort", volume.connection);
+    if let Err(error) = std::fs::write(&abort, "1") {
+        eprintln!("vexfs: {abort}: {error}; a daemon that hangs may go on hanging");
+    }
+    unmount(&path, None, true).map_err(|error| format!("{}: {error}", mountpoint.display()))
 }
 
 /// The daemon's process, if it still answers.

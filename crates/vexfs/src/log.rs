@@ -36,4 +36,8 @@ pub fn start() {
     if log::set_logger(&STDERR).is_ok() {
         log::set_max_level(level.unwrap_or(log::LevelFilter::Warn));
     }
+    // What a handler panicked of belongs in the log, in its form; the handler's caller is answered EIO.
+    std::panic::set_hook(Box::new(|panic| {
+        log::error!("{panic}\n{}", std::backtrace::Backtrace::force_capture());
+    }));
 }

@@ -2,6 +2,7 @@
 
 mod bench;
 mod daemon;
+mod helper;
 mod log;
 mod mounts;
 mod search;
@@ -29,6 +30,10 @@ enum Command {
     Umount {
         /// Where it is mounted.
         mountpoint: PathBuf,
+        /// Also where files are open or the daemon is dead or hangs: cuts the kernel's connection to it. What wasn't
+        /// closed yet may not be indexed before the next mount's walk.
+        #[arg(long)]
+        force: bool,
     },
     /// Find what is near a vector.
     Search(search::SearchArgs),
@@ -56,6 +61,8 @@ struct BenchArgs {
 enum BenchCommand {
     /// An index, built in process: recall, rates, latencies, sizes.
     Index(bench::index::IndexArgs),
+    /// Small files on a mount, on the file system below it and on a peer, in turn.
+    Fs(bench::fs::FsArgs),
     /// Filtered searches beside the unfiltered one and an exact scan of what is allowed.
     Filter(bench::filter::FilterArgs),
     /// The store without a mount: inserts, bulk, opening, replacing.
@@ -65,9 +72,19 @@ enum BenchCommand {
 }
 
 fn main() -> ExitCode {
-    let result = match Cli::parse().command {
-        Command::Mount(args) => daemon::mount(args),
-        Command::Umount { mountpoint } => daemon::umount(&mountpoint),
+    let called: Vec<std::ffi::OsString> = std::env::args_os().collect();
+    let called = match helper::arguments(&called) {
+        None => called,
+        Some(Ok(translated)) => translated,
+        Some(Err(message)) => {
+            eprintln!("mount.vexfs: {message}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let result = match Cli::parse_from(&called).command {
+        Command::Mount(args) => daemon::mount(args, &called),
+        Command::Umount { mountpoint, force: true } => daemon::force(&mountpoint),
+        Command::Umount { mountpoint, force: false } => daemon::umount(&mountpoint),
         Command::Search(args) => search::run(&args),
         Command::Status(args) => status::run(&args),
         Command::Check(args) => return upkeep::check(&args),
@@ -75,6 +92,7 @@ fn main() -> ExitCode {
         Command::Optimize(args) => upkeep::optimize(&args),
         Command::Sync(args) => upkeep::sync(&args),
         Command::Bench(BenchArgs { what: BenchCommand::Index(args) }) => bench::index::index(&args),
+        Command::Bench(BenchArgs { what: BenchCommand::Fs(args) }) => bench::fs::run(&args),
         Command::Bench(BenchArgs { what: BenchCommand::Filter(args) }) => bench::filter::filter(&args),
         Command::Bench(BenchArgs { what: BenchCommand::Store(args) }) => bench::store::store(&args),
         Command::Bench(BenchArgs { what: BenchCommand::Head(args) }) => bench::head::head(&args),

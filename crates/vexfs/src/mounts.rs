@@ -11,6 +11,8 @@ pub struct MountedVolume {
     pub mountpoint: PathBuf,
     /// What the mount table calls its source.
     pub source: OsString,
+    /// The kernel's number of its FUSE connection.
+    pub connection: u64,
 }
 
 /// The file system type in the mount table.
@@ -29,7 +31,14 @@ fn parse_line(line: &[u8]) -> Option<MountedVolume> {
     if *fields.get(dash + 1)? != TYPE {
         return None;
     }
-    Some(MountedVolume { mountpoint: PathBuf::from(unescape(fields.get(4)?)), source: unescape(fields.get(dash + 2)?) })
+    // The connection's number is the device number, which the kernel puts together as minor | major << 20.
+    let (major, minor) = std::str::from_utf8(fields.get(2)?).ok()?.split_once(':')?;
+    let connection = (major.parse::<u64>().ok()? << 20) | minor.parse::<u64>().ok()?;
+    Some(MountedVolume {
+        mountpoint: PathBuf::from(unescape(fields.get(4)?)),
+        source: unescape(fields.get(dash + 2)?),
+        connection,
+    })
 }
 
 /// The table writes space, tab, newline and backslash as three octal digits.
@@ -81,6 +90,7 @@ mod tests {
         let volume = parse_line(line).unwrap();
         assert_eq!(volume.mountpoint, PathBuf::from("/mnt/a b"));
         assert_eq!(volume.source, OsString::from("/data\\x"));
+        assert_eq!(volume.connection, 37);
         assert_eq!(parse_line(b"41 29 0:37 / /mnt rw - ext4 /dev/vda rw"), None);
         assert_eq!(parse_line(b""), None);
     }

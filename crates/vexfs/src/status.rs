@@ -55,7 +55,7 @@ fn read(dir: &Path) -> Result<Value, String> {
     let path = dir.join(".vexfs/stats.json");
     let bytes = std::fs::read(&path).map_err(|error| {
         let dead = error.raw_os_error() == Some(rustix::io::Errno::NOTCONN.raw_os_error());
-        let hint = if dead { " (its daemon has died; `vexfs umount` clears the mount)" } else { "" };
+        let hint = if dead { " (its daemon has died; `vexfs umount --force` clears the mount)" } else { "" };
         format!("{}: {error}{hint}", path.display())
     })?;
     serde_json::from_slice(&bytes).map_err(|error| format!("{}: {error}", path.display()))

@@ -1,6 +1,7 @@
 //! `vexfs bench`: measurements, not tests.
 
 pub mod filter;
+pub mod fs;
 mod graph;
 pub mod head;
 pub mod index;

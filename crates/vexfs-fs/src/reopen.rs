@@ -1,0 +1,35 @@
+//! What an `O_PATH` descriptor is of, reached by its entry in `/proc/self/fd`, which is resolved once.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::fs::{Access, AtFlags, CWD, Mode, OFlags, accessat, chmodat, openat};
+use rustix::io::Errno;
+use rustix::path::DecInt;
+
+/// See the module.
+pub struct Reopener {
+    descriptors: OwnedFd,
+}
+
+impl Reopener {
+    /// For descriptors of this process.
+    pub fn new() -> Result<Reopener, Errno> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(Reopener { descriptors: openat(CWD, c"/proc/self/fd", flags, Mode::empty())? })
+    }
+
+    /// Opens with other flags.
+    pub fn open(&self, known: impl AsFd, flags: OFlags) -> Result<OwnedFd, Errno> {
+        openat(&self.descriptors, DecInt::from_fd(known), flags | OFlags::CLOEXEC, Mode::empty())
+    }
+
+    /// Sets permission bits.
+    pub fn chmod(&self, known: impl AsFd, mode: Mode) -> Result<(), Errno> {
+        chmodat(&self.descriptors, DecInt::from_fd(known), mode, AtFlags::empty())
+    }
+
+    /// Could the thread open it for reading, with the credentials that it has on?
+    pub fn may_read(&self, known: impl AsFd) -> Result<(), Errno> {
+        accessat(&self.descriptors, DecInt::from_fd(known), Access::READ_OK, AtFlags::EACCESS)
+    }
+}
