@@ -192,7 +192,14 @@ fn a_mount_is_forced_away_while_files_are_open_and_after_its_daemon_died() {
     assert!(String::from_utf8_lossy(&refused.stderr).contains("no VexFS volume is mounted there"));
 
     // The daemon of the first mount may still be closing the volume.
-    while !v.try_mount().status.success() {
+    let mut tries = 0..3_000;
+    loop {
+        let mounted = v.try_mount();
+        if mounted.status.success() {
+            break;
+        }
+        let why = String::from_utf8_lossy(&mounted.stderr);
+        assert!(why.contains("in use") && tries.next().is_some(), "{why}");
         std::thread::sleep(std::time::Duration::from_millis(10));
     }
     let pid = rustix::process::Pid::from_raw(v.pid()).unwrap();

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use vexfs_index::{Effort, Element};
 
-use crate::disk::{Disk, Fault, MemDisk, write_small};
+use crate::disk::{DirDisk, Disk, Fault, MemDisk, write_small};
 use crate::*;
 
 fn options(sync: SyncMode) -> Options {
@@ -523,4 +523,28 @@ fn settings_are_read_or_explained() {
     assert!(Config::parse("").unwrap() == Config::default());
     assert!(Config::parse("a = 1").unwrap_err().contains("line 1"));
     assert!(Config::parse("\nm = 1000").unwrap_err().contains("m: 1000"));
+}
+
+/// A forced unmount lets the next daemon in as soon as the lock is free. While the lock went before the catalog was closed,
+/// the next daemon read a catalog that the last one was still writing, and found it damaged for good.
+#[test]
+fn nothing_is_written_once_the_lock_is_given_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = || std::fs::File::open(dir.path()).unwrap().into();
+    for round in 0..10 {
+        let (volume, _) = Volume::open(Arc::new(DirDisk::new(root())), options(SyncMode::Lazy)).unwrap();
+        put(&volume, round + 3, &format!("{round}.vec"), &[&[1.0, 2.0]]);
+        let seen = std::thread::scope(|scope| {
+            let next = scope.spawn(|| {
+                let disk = DirDisk::new(root());
+                while !disk.lock().unwrap() {
+                    std::hint::spin_loop();
+                }
+                std::fs::read(dir.path().join("catalog")).unwrap()
+            });
+            volume.close().unwrap();
+            next.join().unwrap()
+        });
+        assert!(seen == std::fs::read(dir.path().join("catalog")).unwrap(), "round {round}");
+    }
 }

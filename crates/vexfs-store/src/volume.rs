@@ -72,7 +72,6 @@ pub(crate) struct Writer {
 }
 
 pub(crate) struct Inner {
-    pub(crate) disk: Arc<dyn Disk>,
     pub(crate) options: Options,
     pub(crate) budget: Budget,
     pub(crate) sync: AtomicU8,
@@ -105,6 +104,9 @@ pub(crate) struct Inner {
     pub(crate) failures: AtomicU64,
     /// The threads run.
     pub(crate) tended: AtomicBool,
+    /// Dropped last, as it holds the volume's lock: a catalog writes while it is closed, and another process that opened it
+    /// meanwhile would find it torn.
+    pub(crate) disk: Arc<dyn Disk>,
 }
 
 /// An open volume. Dropping it without [`Volume::close`] is what a crash does, but for the threads' end.
