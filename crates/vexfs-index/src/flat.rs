@@ -43,12 +43,14 @@ impl Index for Flat {
         scratch: &mut Scratch,
         out: &mut Vec<Neighbor>,
     ) -> Result<Stats, SearchError> {
-        let query = Prepared::new(&self.space, query);
+        let query = Prepared::again(scratch.exact.take(), &self.space, query);
         let mut budget = Budget::new(request);
         scratch.best.clear();
         let distance = |node: u32| query.distance(self.row(Slot(node)));
         let allowed = (0..self.len() as u32).filter(|node| request.allows(*node));
-        scan(allowed, distance, request.k, &mut budget, &mut scratch.best)?;
+        let scanned = scan(allowed, distance, request.k, &mut budget, &mut scratch.best);
+        scratch.exact = Some(query);
+        scanned?;
         deliver(&mut scratch.best, request, out);
         Ok(budget.stats)
     }

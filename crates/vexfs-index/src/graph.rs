@@ -368,8 +368,8 @@ impl Graph {
 pub(crate) enum Nodes<'a> {
     /// Those that pass, of those below the end.
     Passing(std::ops::Range<u32>, &'a dyn Fn(u32) -> bool),
-    /// Those that are set, from a word on.
-    Set(&'a [u64], usize),
+    /// Those that are set, from a word on, of those below the end: bits behind it are nobody's.
+    Set(&'a [u64], usize, u32),
 }
 
 impl Nodes<'_> {
@@ -379,12 +379,15 @@ impl Nodes<'_> {
         batch.clear();
         match self {
             Nodes::Passing(range, passes) => batch.extend(range.filter(|node| passes(*node)).take(BATCH)),
-            Nodes::Set(words, at) => {
+            Nodes::Set(words, at, end) => {
                 while let Some(word) = words.get(*at).filter(|_| batch.len() < BATCH) {
                     let mut left = *word;
                     while left != 0 {
-                        batch.push((*at * 64) as u32 + left.trailing_zeros());
+                        let node = (*at * 64) as u32 + left.trailing_zeros();
                         left &= left - 1;
+                        if node < *end {
+                            batch.push(node);
+                        }
                     }
                     *at += 1;
                 }

@@ -7,12 +7,10 @@
 
 pub mod bits;
 pub mod codes;
+mod halves;
 pub mod narrow;
 
 use std::sync::OnceLock;
-
-use half::f16;
-use half::slice::HalfFloatSliceExt;
 
 use crate::space::{Element, Metric, Space, pack};
 
@@ -94,6 +92,7 @@ pub struct Kernels {
     l2_u8: unsafe fn(&[u8], &[u8]) -> i64,
     dot_i8: unsafe fn(&[u8], &[u8]) -> i64,
     l2_i8: unsafe fn(&[u8], &[u8]) -> i64,
+    halves: halves::Halves,
 }
 
 macro_rules! variant {
@@ -126,7 +125,8 @@ macro_rules! variant {
                 l2_i8_body(x, row)
             }
 
-            pub(super) static KERNELS: Kernels = Kernels { name: $name, dot_f32, l2_f32, dot_u8, l2_u8, dot_i8, l2_i8 };
+            pub(super) static KERNELS: Kernels =
+                Kernels { name: $name, dot_f32, l2_f32, dot_u8, l2_u8, dot_i8, l2_i8, halves: halves::$module::HALVES };
         }
     };
 }
@@ -144,6 +144,7 @@ static SCALAR: Kernels = Kernels {
     l2_u8: l2_u8_body,
     dot_i8: dot_i8_body,
     l2_i8: l2_i8_body,
+    halves: halves::SCALAR,
 };
 
 /// The kernels that this machine can run, best first.
@@ -232,53 +233,14 @@ fn rows(kernels: &Kernels, space: &Space, one: &[u8], other: &[u8]) -> f32 {
             (Element::I8, Metric::L2 | Metric::Hamming) => (kernels.l2_i8)(one, other) as f32,
             (Element::I8, Metric::InnerProduct) => -((kernels.dot_i8)(one, other) as f32),
             (Element::I8, Metric::Cosine) => cosine((kernels.dot_i8)(one, other), kernels.dot_i8),
-            (Element::F16, _) => {
-                let pieces = one.chunks(PIECE * 2).zip(other.chunks(PIECE * 2));
-                let sum = pieces.map(|(one, other)| {
-                    let (mut a, mut b) = ([[0; 4]; PIECE], [[0; 4]; PIECE]);
-                    widened(kernels, space.metric(), widen(one, &mut a), widen(other, &mut b))
-                });
-                from_sum(space.metric(), sum.sum())
-            }
+            (Element::F16, Metric::L2) => (kernels.halves.l2)(one, other),
+            (Element::F16, metric) => from_dot(metric, (kernels.halves.dot)(one, other)),
         }
     }
 }
 
-/// Halves are widened in pieces that stay in the first-level cache.
-const PIECE: usize = 256;
-
-/// Widens at most [`PIECE`] halves to the bytes of f32.
-fn widen<'a>(row: &[u8], out: &'a mut [[u8; 4]; PIECE]) -> &'a [u8] {
-    let halves_in = row.as_chunks::<2>().0;
-    let n = halves_in.len().min(PIECE);
-    let mut halves = [f16::ZERO; PIECE];
-    let mut wide = [0f32; PIECE];
-    for (half, bytes) in halves.iter_mut().zip(halves_in) {
-        *half = f16::from_le_bytes(*bytes);
-    }
-    halves[..n].convert_to_f32_slice(&mut wide[..n]);
-    for (bytes, value) in out.iter_mut().zip(&wide[..n]) {
-        *bytes = value.to_le_bytes();
-    }
-    out[..n].as_flattened()
-}
-
-fn widened(kernels: &Kernels, metric: Metric, one: &[u8], other: &[u8]) -> f32 {
-    // SAFETY: a `Kernels` is handed out only where the machine has its features.
-    unsafe {
-        match metric {
-            Metric::L2 | Metric::Hamming => (kernels.l2_f32)(one, other),
-            Metric::InnerProduct | Metric::Cosine => (kernels.dot_f32)(one, other),
-        }
-    }
-}
-
-fn from_sum(metric: Metric, sum: f32) -> f32 {
-    match metric {
-        Metric::L2 | Metric::Hamming => sum,
-        Metric::InnerProduct => -sum,
-        Metric::Cosine => 1.0 - sum,
-    }
+fn from_dot(metric: Metric, dot: f32) -> f32 {
+    if metric == Metric::Cosine { 1.0 - dot } else { -dot }
 }
 
 /// How a query is compared with rows.
@@ -356,12 +318,12 @@ impl Prepared {
         match self.numbers {
             Numbers::Row => rows(self.kernels, &self.space, &self.bytes, row),
             Numbers::Wide => {
-                let pieces = self.bytes.chunks(PIECE * 4).zip(row.chunks(PIECE * 2));
-                let sum = pieces.map(|(query, row)| {
-                    let mut wide = [[0; 4]; PIECE];
-                    widened(self.kernels, self.space.metric(), query, widen(row, &mut wide))
-                });
-                from_sum(self.space.metric(), sum.sum())
+                let halves = &self.kernels.halves;
+                // SAFETY: a `Kernels` is handed out only where the machine has its features.
+                match self.space.metric() {
+                    Metric::L2 => unsafe { (halves.l2_wide)(&self.bytes, row) },
+                    metric => from_dot(metric, unsafe { (halves.dot_wide)(&self.bytes, row) }),
+                }
             }
             Numbers::Fraction => self.fraction(row),
         }

@@ -457,7 +457,7 @@ impl Sealed {
         let mut ef = ef.max(2 * k.min(self.nodes) + 20);
         loop {
             let mut these = match bits {
-                Some(bits) => Nodes::Set(bits, 0),
+                Some(bits) => Nodes::Set(bits, 0, self.nodes as u32),
                 None => Nodes::Passing(0..self.nodes as u32, &allowed),
             };
             // Where all that is allowed is about equally far, codes don't tell what is nearest: rank more of it.
@@ -491,7 +491,7 @@ impl Sealed {
                 let distance = |node: u32| exact.distance(self.row(Slot(node)));
                 let allowed = |node: u32| request.allows(node);
                 let mut these = match request.filter.and_then(|filter| filter.bits()) {
-                    Some(bits) => Nodes::Set(bits, 0),
+                    Some(bits) => Nodes::Set(bits, 0, self.nodes as u32),
                     None => Nodes::Passing(0..self.nodes as u32, &allowed),
                 };
                 let Scratch { best, links: batch, .. } = scratch;

@@ -151,6 +151,33 @@ fn a_filter_gives_k_hits_where_k_exist() {
     }
 }
 
+/// Filters keep their bits in whole words, which a collection of another size than a multiple of 64 doesn't fill; a scan of
+/// what is set once ran past the end.
+#[test]
+fn bits_behind_the_end_of_a_filter_are_nobodys() {
+    struct All(Vec<u64>);
+    impl Filter for All {
+        fn allows(&self, _: Slot) -> bool {
+            true
+        }
+        fn bits(&self) -> Option<&[u64]> {
+            Some(&self.0)
+        }
+    }
+    let space = Space::new(8, Metric::L2, Element::F32).unwrap();
+    let (rows, queries) = data(&space, 1_001, 5);
+    let (mut scratch, mut out) = (Scratch::default(), Vec::new());
+    for quantization in [Quantization::None, Quantization::Sq8] {
+        let sealed = seal(space, &rows, &Params { quantization, ..Params::default() });
+        let all = All(vec![u64::MAX; 20]);
+        for exact in [false, true] {
+            let request = Request { filter: Some(&all), exact, ..Request::nearest(2_000) };
+            sealed.search(&queries[0], &request, &mut scratch, &mut out).unwrap();
+            assert_eq!(out.len(), 1_001);
+        }
+    }
+}
+
 /// Allows the rows that lie far from a query.
 struct Far<'a>(&'a Flat, &'a [f32], f32);
 impl Filter for Far<'_> {
