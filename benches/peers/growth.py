@@ -75,7 +75,7 @@ def main():
         curve = [(run["recall"], run["qps_one_thread"]) for run in report["results"]]
         for r in RECALLS:
             times[r][n] = 1e6 / peers.at(curve, r)
-        per_row = report["bytes_per_vector_index"] + (report["dimension"] if report["element"] == "u8" else 0)
+        per_row = report["bytes_per_vector_index"]
         cells = [f"{n:,}", f"{report['build_seconds']:.1f}", f"{per_row:.0f}"]
         lines.append("| " + " | ".join(cells + [f"{times[r][n]:.1f}" for r in RECALLS]) + " |")
         print(lines[-1], flush=True)
@@ -83,4 +83,5 @@ def main():
     svg(args.out + ".svg", times, per_row, f"{args.metric}, one query at a time on one thread")
 
 
-main()
+if __name__ == "__main__":
+    main()
