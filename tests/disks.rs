@@ -51,19 +51,26 @@ fn a_full_disk(kind: &str, megabytes: u64) {
     v.write("bulk.npy", npy(&rows));
     let filler = v.source().join("filler");
     let mut file = File::create(&filler).unwrap();
-    let (mut step, full) = (vec![0u8; 1 << 20], Some(28));
-    while !step.is_empty() {
-        match file.write_all(&step) {
-            Ok(()) => {}
-            Err(error) => {
-                assert_eq!(error.raw_os_error(), full);
-                step.truncate(step.len() / 2);
+    let full = Some(28);
+    let mut fill = || {
+        let mut step = vec![0u8; 1 << 20];
+        while !step.is_empty() {
+            match file.write_all(&step) {
+                Ok(()) => {}
+                Err(error) => {
+                    assert_eq!(error.raw_os_error(), full);
+                    step.truncate(step.len() / 2);
+                }
             }
         }
-    }
-    file.sync_all().unwrap_or_else(|error| assert_eq!(error.raw_os_error(), full));
+        file.sync_all().unwrap_or_else(|error| assert_eq!(error.raw_os_error(), full));
+    };
     let mut refused = 0;
     for n in 0..40 {
+        if refused == 0 {
+            // What was set aside for other files, or freed by the index, comes back after a while.
+            fill();
+        }
         let vectors: Vec<Vec<f32>> = (0..200).map(|_| random.vector(16)).collect();
         if let Err(error) = synced(&v.path(&format!("more{n}.npy")), &npy(&vectors)) {
             assert_eq!(error.raw_os_error(), full, "{kind}");
