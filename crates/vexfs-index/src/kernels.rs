@@ -1,8 +1,8 @@
-//! Distance kernels: the one module with `unsafe`.
+//! Distance kernels.
 //!
 //! Each kernel is written once as a plain loop over fixed lanes and compiled for several instruction sets; which one
-//! runs is decided once, at run time. The dot product of 8-bit codes is the exception: no loop is compiled into
-//! VNNI's instruction, which is worth 2 to 4 times, so that one is written by hand.
+//! runs is decided once, at run time. Sums over codes and over halves are the exceptions, written by hand: no loop is
+//! compiled into VNNI's instruction, which is worth 2 to 4 times, or into the one that widens halves.
 #![allow(unsafe_code)]
 
 pub mod bits;
