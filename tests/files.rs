@@ -123,6 +123,15 @@ fn attributes_are_kept() {
     rustix::fs::removexattr(&path, "user.note").unwrap();
     assert_eq!(rustix::fs::getxattr_query(&path, "user.note"), Err(Errno::NODATA));
 
+    // A symlink has its own, whatever it leads to; a user may give it none.
+    symlink("nowhere", v.path("link")).unwrap();
+    assert_eq!(rustix::fs::llistxattr(v.path("link"), &mut [0u8; 64][..]), Ok(0));
+    assert_eq!(rustix::fs::lsetxattr(v.path("link"), "user.note", b"", XattrFlags::empty()), Err(Errno::PERM));
+    if !skip(!is_root(), "trusted attributes need root") {
+        rustix::fs::lsetxattr(v.path("link"), "trusted.note", b"kept", XattrFlags::empty()).unwrap();
+        assert_eq!(rustix::fs::lgetxattr(v.source().join("link"), "trusted.note", &mut [0u8; 64][..]), Ok(4));
+    }
+
     if !skip(!is_root(), "chown needs root") {
         std::os::unix::fs::chown(&path, Some(12), Some(34)).unwrap();
         assert_eq!(fs::metadata(&path).map(|m| (m.uid(), m.gid())).unwrap(), (12, 34));

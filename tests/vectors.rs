@@ -233,6 +233,39 @@ fn collections_are_declared_by_directory_and_follow_their_settings() {
 }
 
 #[test]
+fn bits_are_searched_by_how_many_differ() {
+    let Some(v) = Volume::new(&[]) else { return };
+    v.write(".vexfs.toml", "element = \"bits\"\n");
+    // Rows that end inside a byte, enough of them for a segment; and a vector of its own in the head.
+    let mut random = Random(5);
+    let mut bits = || (0..130).map(|_| (random.next() >> 40 & 1) as u8).collect::<Vec<u8>>();
+    let rows: Vec<Vec<u8>> = (0..9_000).map(|_| bits()).collect();
+    let wanted: Vec<f32> = bits().into_iter().map(f32::from).collect();
+    v.write("rows.npy", npy_raw(1, "'descr': '|u1', 'fortran_order': False, 'shape': (9000, 130)", &rows.concat()));
+    v.command(&["sync", "--indexed", v.mnt().to_str().unwrap()]);
+    let mut beside = wanted.clone();
+    beside[129] = 1.0 - beside[129];
+    v.write("beside.vec", text(&beside));
+    let differ = |row: &[u8]| row.iter().zip(&wanted).filter(|(a, b)| f32::from(**a) != **b).count();
+    let mut nearest: Vec<usize> = rows.iter().map(|row| differ(row)).chain([1]).collect();
+    nearest.sort();
+    assert_eq!(v.stats("")["collections"][0]["segments"], 1);
+    for exact in [true, false] {
+        let answer = v.ask("", &json!({ "vector": wanted, "k": 10, "exact": exact }));
+        assert_eq!(paths(&answer)[0], "beside.vec");
+        for (n, hit) in answer["hits"].as_array().unwrap().iter().enumerate() {
+            let distance = hit["distance"].as_f64().unwrap() as usize;
+            assert!(distance == nearest[n] || !exact && distance > nearest[n], "hit {n} of {answer}");
+            if n > 0 {
+                assert_eq!(distance, differ(&rows[hit["row"].as_u64().unwrap() as usize]), "{hit}");
+            }
+        }
+    }
+    v.write("half.vec", text(&[0.5; 130]));
+    assert!(v.error_of("half.vec").is_some(), "0.5 is no bit");
+}
+
+#[test]
 fn what_was_inferred_binds_nobody_once_its_vectors_are_gone() {
     let Some(v) = Volume::new(&[]) else { return };
     v.write("a.vec", "1,2,3");

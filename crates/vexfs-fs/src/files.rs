@@ -648,12 +648,9 @@ impl Files {
         rustix::fs::removexattr(self.xattr_path(id)?, name.as_bytes())
     }
 
-    /// Attributes can't be reached by an `O_PATH` descriptor, and not by its path for a symlink.
+    /// Attributes can't be reached by an `O_PATH` descriptor, but by its path, which leads to a symlink itself.
     fn xattr_path(&self, id: u64) -> Result<String, Errno> {
         let node = self.nodes.get(id)?;
-        if node.kind == FileType::Symlink {
-            return Err(Errno::OPNOTSUPP);
-        }
         Ok(proc_path(&node))
     }
 }

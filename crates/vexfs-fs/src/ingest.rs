@@ -8,6 +8,7 @@ use std::fs::File;
 use std::os::fd::BorrowedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 use rustix::fs::Stat;
@@ -37,6 +38,10 @@ pub struct Ingest {
     /// Has somebody the file open for writing through the mount?
     being_written: Box<dyn Fn(FileId) -> bool + Send + Sync>,
     reading: Vec<Mutex<()>>,
+    /// Until the walk after mounting is over, files may have names that the volume hasn't heard of.
+    walked: AtomicBool,
+    /// A file that was to be read was under none of its names: no answer is whole before the walk.
+    lost: AtomicBool,
 }
 
 /// Does a regular file of this name hold vectors or configure a collection?
@@ -58,7 +63,30 @@ impl Ingest {
         being_written: Box<dyn Fn(FileId) -> bool + Send + Sync>,
     ) -> Ingest {
         let reading = (0..STRIPES).map(|_| Mutex::new(())).collect();
-        Ingest { volume, source, strict, being_written, reading }
+        Ingest {
+            volume,
+            source,
+            strict,
+            being_written,
+            reading,
+            walked: AtomicBool::new(false),
+            lost: AtomicBool::new(false),
+        }
+    }
+
+    /// Is the walk after mounting over?
+    pub fn walked(&self) -> bool {
+        self.walked.load(Ordering::Acquire)
+    }
+
+    /// Was a file that had to be read under none of the names that the volume knows?
+    pub fn lost_any(&self) -> bool {
+        self.lost.load(Ordering::Acquire)
+    }
+
+    /// The walk after mounting is over.
+    pub fn walk_ended(&self) {
+        self.walked.store(true, Ordering::Release);
     }
 
     /// Reads a file if it changed since its last reading. Under `--strict` a file that isn't indexed is an error.
@@ -89,7 +117,8 @@ impl Ingest {
                 }
             }
         }
-        // No path leads to it any more: the source changed beneath us.
+        // No path leads to it any more: the source changed beneath us. The walk may find it elsewhere.
+        self.lost.store(true, Ordering::Release);
         for link in self.volume.links(file) {
             self.volume.unlink(file, &link);
         }

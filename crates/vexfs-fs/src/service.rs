@@ -19,8 +19,8 @@ const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 const MAX_TIMEOUT_MS: u64 = 600_000;
 /// Most candidates that a request may ask a walk to keep.
 const MAX_EF: usize = 100_000;
-/// While the first scan of an adopted directory runs, a search waits for it in steps of this.
-const SCAN_STEP: Duration = Duration::from_millis(10);
+/// A search that has to wait for a walk over the source does so in steps of this.
+const WALK_STEP: Duration = Duration::from_millis(10);
 
 /// See the module.
 pub struct Service<'a> {
@@ -90,7 +90,8 @@ impl Service<'_> {
             deadline: Some(deadline),
         };
         let identity = self.access.identify(caller)?;
-        let mut answer = self.judged(scope, &identity, |verdict| self.ingest.volume.search(&query, verdict))?;
+        let mut answer =
+            self.judged(scope, &identity, deadline, |verdict| self.ingest.volume.search(&query, verdict))?;
         if let Identity::Other { .. } = identity {
             // It would tell how much there is that the asker can't see.
             answer.distances = 0;
@@ -101,34 +102,55 @@ impl Service<'_> {
     /// What the point that `like` names is linked to in its graph, as far as it lies below `scope` and the caller
     /// may read it.
     pub fn neighbors(&self, scope: FileId, caller: Caller, like: &str) -> Result<Vec<Hit>, Failure> {
-        self.wait_for_scan(Instant::now() + DEFAULT_TIMEOUT)?;
+        let deadline = Instant::now() + DEFAULT_TIMEOUT;
+        self.wait_for_scan(deadline)?;
         let (file, row) = self.point(scope, caller, like)?;
         let identity = self.access.identify(caller)?;
-        let found = self.judged(scope, &identity, |verdict| self.ingest.volume.neighbors(file, row, scope, verdict));
+        let neighbors = |verdict: &mut Verdict<'_>| self.ingest.volume.neighbors(file, row, scope, verdict);
+        let found = self.judged(scope, &identity, deadline, neighbors);
         found.ok_or_else(|| self.no_vector(file, row, like))
     }
 
-    /// Asks the store with the verdict on each file that the caller's rights and the source give.
-    fn judged<T>(&self, scope: FileId, identity: &Identity, ask: impl FnOnce(&mut Verdict<'_>) -> T) -> T {
-        let mut stale = Vec::new();
+    /// Asks the store with the verdict on each file that the caller's rights and the source give. After a crash, or changes
+    /// made while nothing was mounted, a file may have a name or vectors that only the walk finds: an answer that met a
+    /// file which isn't where it was, or what it was, waits for the walk and is made again; so does any where a file that
+    /// had to be read again was not where it was.
+    fn judged<T>(
+        &self,
+        scope: FileId,
+        identity: &Identity,
+        deadline: Instant,
+        mut ask: impl FnMut(&mut Verdict<'_>) -> T,
+    ) -> T {
         let scope_path = self.ingest.volume.dir_path(scope).unwrap_or_default();
-        let answer = ask(&mut |file, path, known| {
-            let path = join(&scope_path, path);
-            let Some(found) = self.access.readable(identity, &path) else { return false };
-            match self.ingest.standing(file, &found, known) {
-                Standing::Current => true,
-                Standing::Changed => {
+        loop {
+            let walked = self.ingest.walked();
+            let mut stale = Vec::new();
+            let mut outdated = !walked && self.ingest.lost_any();
+            let answer = ask(&mut |file, path, known| {
+                let path = join(&scope_path, path);
+                let Some(found) = self.access.readable(identity, &path) else {
+                    outdated |= !walked && self.ingest.source.stat(&path).is_err();
+                    return false;
+                };
+                let standing = self.ingest.standing(file, &found, known);
+                if standing == Standing::Changed {
                     stale.push(file);
-                    false
                 }
-                Standing::Gone => false,
+                outdated |= standing != Standing::Current;
+                standing == Standing::Current
+            });
+            // What changed beneath us is read again now; the answer already left it out.
+            for file in stale {
+                self.ingest.read_known(file, When::Quiet);
             }
-        });
-        // What changed beneath us is read again now; the answer already left it out.
-        for file in stale {
-            self.ingest.read_known(file, When::Quiet);
+            if walked || !outdated || Instant::now() >= deadline {
+                return answer;
+            }
+            while !self.ingest.walked() && Instant::now() < deadline {
+                std::thread::sleep(WALK_STEP);
+            }
         }
-        answer
     }
 
     /// The point that `path` or `path#row` names, if the caller may read it.
@@ -181,7 +203,7 @@ impl Service<'_> {
         loop {
             match self.ingest.volume.ready() {
                 Ok(()) => return Ok(()),
-                Err(_) if Instant::now() < deadline => std::thread::sleep(SCAN_STEP),
+                Err(_) if Instant::now() < deadline => std::thread::sleep(WALK_STEP),
                 Err(error) => return Err(error.into()),
             }
         }

@@ -23,8 +23,18 @@ struct Folder {
     chain: Vec<(FileId, Link)>,
 }
 
+/// However the walk ends, nobody waits for it any longer.
+struct Ended<'a>(&'a Ingest);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        self.0.walk_ended();
+    }
+}
+
 /// Walks the whole source. Returns early, without drawing conclusions, when `stop` is set.
 pub fn walk(ingest: &Ingest, stop: &AtomicBool) {
+    let _ended = Ended(ingest);
     let mut seen = HashSet::new();
     let mut folders = vec![Folder { path: Vec::new(), chain: Vec::new() }];
     while let Some(folder) = folders.pop() {

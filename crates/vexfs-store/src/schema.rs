@@ -13,7 +13,7 @@ pub struct Config {
     pub metric: Option<String>,
     /// `f32`, `f16`, `i8`, `u8`; inferred from the first file. `bits` goes with `hamming`.
     pub element: Option<String>,
-    /// `sq8` (default) or `none`: the codes that the graph is walked on.
+    /// The codes that the graph is walked on: `sq8` (default), `sq4`, `rabitq`, `none`. Bits are their own codes.
     pub quantization: Option<String>,
     /// Links of a node in the upper layers; twice as many in layer 0. Default 16.
     pub m: Option<usize>,
@@ -45,7 +45,13 @@ impl Config {
     fn check(&self) -> Result<(), ConfigError> {
         let metric = self.metric()?;
         let element = self.element()?.unwrap_or(Element::F32);
-        self.params()?;
+        let params = self.params()?;
+        if element == Element::Bits && matches!(params.quantization, Quantization::Sq4 | Quantization::Rabitq) {
+            return Err(ConfigError {
+                key: "quantization",
+                message: format!("{} is for numbers; bits are their own codes", params.quantization),
+            });
+        }
         Space::new(self.dimension.unwrap_or(1), metric, element).map_err(|error| {
             let key = if matches!(error, SpaceError::Mismatch { .. }) { "metric" } else { "dimension" };
             ConfigError { key, message: error.to_string() }
@@ -86,7 +92,7 @@ impl Config {
         if let Some(name) = &self.quantization {
             params.quantization = name.parse::<Quantization>().map_err(|_| ConfigError {
                 key: "quantization",
-                message: format!("\"{name}\" is none of \"sq8\", \"none\""),
+                message: format!("\"{name}\" is none of \"sq8\", \"sq4\", \"rabitq\", \"none\""),
             })?;
         }
         if let Some(m) = self.m {

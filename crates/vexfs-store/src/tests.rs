@@ -523,6 +523,12 @@ fn settings_are_read_or_explained() {
     assert!(Config::parse("").unwrap() == Config::default());
     assert!(Config::parse("a = 1").unwrap_err().contains("line 1"));
     assert!(Config::parse("\nm = 1000").unwrap_err().contains("m: 1000"));
+    assert!(Config::parse("quantization = \"pq\"").unwrap_err().contains("\"sq8\", \"sq4\", \"rabitq\", \"none\""));
+    for codes in ["sq4", "rabitq"] {
+        assert!(Config::parse(&format!("quantization = \"{codes}\"")).is_ok());
+        let refused = Config::parse(&format!("element = \"bits\"\nquantization = \"{codes}\"")).unwrap_err();
+        assert_eq!(refused, format!("quantization: {codes} is for numbers; bits are their own codes"));
+    }
 }
 
 /// A forced unmount lets the next daemon in as soon as the lock is free. While the lock went before the catalog was closed,
