@@ -242,7 +242,8 @@ fn bits_are_searched_by_how_many_differ() {
     let rows: Vec<Vec<u8>> = (0..9_000).map(|_| bits()).collect();
     let wanted: Vec<f32> = bits().into_iter().map(f32::from).collect();
     v.write("rows.npy", npy_raw(1, "'descr': '|u1', 'fortran_order': False, 'shape': (9000, 130)", &rows.concat()));
-    v.command(&["sync", "--indexed", v.mnt().to_str().unwrap()]);
+    let synced = v.command(&["sync", "--indexed", v.mnt().to_str().unwrap()]);
+    assert!(synced.status.success(), "{}", String::from_utf8_lossy(&synced.stderr));
     let mut beside = wanted.clone();
     beside[129] = 1.0 - beside[129];
     v.write("beside.vec", text(&beside));
