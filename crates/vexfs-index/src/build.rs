@@ -23,8 +23,6 @@ const CONNECT_ROUNDS: usize = 8;
 /// Values of ef that are tried, smallest first.
 const EFS: [u32; 24] =
     [10, 12, 14, 17, 20, 24, 28, 34, 40, 48, 56, 68, 80, 96, 112, 136, 160, 192, 256, 384, 512, 1024, 2048, 4096];
-/// Candidates of the scan that finds what is true.
-const TRUTH_POOL: usize = 100;
 /// Links of a node at least and at most.
 pub(crate) const M: std::ops::RangeInclusive<usize> = 2..=512;
 
@@ -176,7 +174,7 @@ fn calibrate(
             let others = |other: u32| !is_held(other);
             let mut others = Nodes::Passing(0..walker.graph.nodes as u32, &others);
             let plan = Plan::These(&mut others);
-            let size = (CALIBRATED_K, TRUTH_POOL);
+            let size = (CALIBRATED_K, CALIBRATED_K);
             if fine.nearest(&exact, size, plan, &mut scratch, &mut Budget::unlimited()).is_ok() {
                 // Equally far is equally right.
                 let limit = scratch.best.peek().map_or(f32::INFINITY, |farthest| farthest.distance);

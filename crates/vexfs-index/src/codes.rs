@@ -231,8 +231,6 @@ impl Coder {
         let squares = self.space.metric() == Metric::L2;
         if squares && self.is_exact() {
             out.sum = Some(Kind::Bytes(Sum::Squares));
-            // Only a query with fractions is rounded.
-            out.error = 3.5;
             let zero = if self.space.element() == Element::I8 { 128.0 } else { 0.0 };
             let mut exact = true;
             for (out, value) in out.bytes.iter_mut().zip(values) {
@@ -240,6 +238,8 @@ impl Coder {
                 *out = shifted as u8;
                 exact &= f32::from(*out) == *value + zero;
             }
+            // Only a query with fractions is rounded.
+            out.error = if exact { 0.0 } else { 3.5 };
             return exact;
         }
         if !squares && self.width == Width::Byte {
@@ -369,15 +369,16 @@ impl CodedQuery {
         }
     }
 
-    /// The largest key of what may in truth be nearer than the row of this key.
-    pub fn not_beyond(&self, key: u32) -> u32 {
-        let off = match self.sum {
-            Some(Kind::Bytes(Sum::Squares)) => self.error * (key as f32 + self.bytes.len() as f32 / 6.0).sqrt(),
-            Some(Kind::Bytes(Sum::Products)) => self.error,
-            // Coarse codes: every candidate is worth a look.
-            _ => return u32::MAX,
+    /// The largest key of what may in truth be nearer than the row of this key, if rounding put it off by up to
+    /// `errors` times what is usual at most; `None` where codes are too coarse to tell.
+    pub fn not_beyond(&self, key: u32, errors: f32) -> Option<u32> {
+        let off = match self.sum? {
+            Kind::Bits => 0.0,
+            Kind::Bytes(Sum::Squares) => self.error * (key as f32 + self.bytes.len() as f32 / 6.0).sqrt(),
+            Kind::Bytes(Sum::Products) => self.error,
+            Kind::Nibbles(_) | Kind::Signs(_) => return None,
         };
-        key.saturating_add(off.ceil() as u32)
+        Some(key.saturating_add((off * errors).ceil() as u32))
     }
 }
 

@@ -29,6 +29,8 @@ pub(crate) trait Keys {
     fn keys(&self, nodes: &[u32], out: &mut [u32]);
     /// Asks for what a node's key is made of ahead of its use.
     fn ask(&self, node: u32);
+    /// The largest key of what may be as near as each of the nodes whose keys are up to this; `None` if keys don't tell.
+    fn not_beyond(&self, key: u32) -> Option<u32>;
 }
 
 /// Against coded rows.
@@ -46,6 +48,9 @@ impl Keys for Coded<'_> {
     #[inline(always)]
     fn ask(&self, node: u32) {
         crate::kernels::codes::ask(self.codes, node, self.stride);
+    }
+    fn not_beyond(&self, key: u32) -> Option<u32> {
+        self.query.not_beyond(key, FAR_OFF)
     }
 }
 
@@ -65,6 +70,11 @@ impl Pool {
     /// What the last walk found, nearest first; see [`entry_key`] and [`entry_node`].
     pub fn entries(&self) -> &[u64] {
         &self.entries
+    }
+
+    /// Forgets those that are not allowed.
+    pub fn keep(&mut self, allowed: impl Fn(u32) -> bool) {
+        self.entries.retain(|entry| allowed(entry_node(*entry)));
     }
 
     /// Forgets them.
@@ -225,27 +235,6 @@ impl Graph {
         Ok(entries)
     }
 
-    /// The share of nodes that are `allowed` among those within two links of a node; `None` where too few are met.
-    pub fn share_around(&self, node: u32, allowed: &impl Fn(u32) -> bool, marks: &mut Marks) -> Option<f32> {
-        let (lists, room) = (self.lists(0), self.room(0));
-        let linked = |node: u32| {
-            let words = list_of(lists, room, node).iter().map(|word| word.load(Ordering::Relaxed));
-            words.take_while(|word| *word != 0).map(|word| word - 1)
-        };
-        marks.start(self.nodes);
-        linked(node).for_each(|near| ask(list_of(lists, room, near)));
-        let (mut all, mut passed) = (0u32, 0u32);
-        for near in linked(node) {
-            for other in linked(near) {
-                if marks.meet(other) {
-                    all += 1;
-                    passed += u32::from(allowed(other));
-                }
-            }
-        }
-        (all > 0).then(|| passed as f32 / all as f32)
-    }
-
     /// The same as [`Graph::walk`] in layer 0 among the nodes that are `allowed`. Where few neighbours are, those of
     /// the others are looked at in their stead (ACORN-1, arXiv 2403.04871). It begins around `near`, allowed or not.
     pub fn walk_allowed<'p>(
@@ -338,16 +327,19 @@ impl Graph {
         Ok(entries)
     }
 
-    /// The `ef` nearest of `nodes`, each compared, are the pool's entries afterwards.
-    pub fn scan<'p>(
+    /// Of `nodes`, each compared, what may be among the `k` nearest are the pool's entries afterwards: where keys don't
+    /// tell how far they may be off, the `ef` nearest.
+    pub fn scan(
         query: &impl Keys,
         nodes: &mut Nodes<'_>,
-        ef: usize,
-        pool: &'p mut Pool,
+        (k, ef): (usize, usize),
+        pool: &mut Pool,
         budget: &mut Budget,
-    ) -> Result<&'p [u64], SearchError> {
+    ) -> Result<(), SearchError> {
         let Pool { entries, batch, keys, .. } = pool;
         entries.clear();
+        // Entries from here on are too far; how many there are before the next look at that.
+        let (mut end, mut room) = (u64::MAX, 2 * ef.max(k) + SCANNED);
         while nodes.next(batch) {
             budget.spend(batch.len() as u64)?;
             keys.resize(SCANNED, 0);
@@ -355,12 +347,39 @@ impl Graph {
             for some in batch.chunks(SCANNED) {
                 later.next().unwrap_or_default().iter().for_each(|node| query.ask(*node));
                 query.keys(some, keys);
-                for (key, node) in keys.iter().zip(some) {
-                    offer(entries, ef, *key, *node);
+                entries.extend(keys.iter().zip(some).map(|(key, node)| entry(*key, *node)).filter(|new| *new < end));
+                if entries.len() >= room {
+                    end = nearest_of(entries, (k, ef), query);
+                    // What stays may be much: no more than one look for each time that it doubles.
+                    room = 2 * entries.len().max(ef).max(k) + SCANNED;
                 }
             }
         }
-        Ok(entries)
+        nearest_of(entries, (k, ef), query);
+        entries.sort_unstable();
+        Ok(())
+    }
+}
+
+/// Drops what can't be among the `k` nearest; what comes later can't from the entry that is returned.
+fn nearest_of(entries: &mut Vec<u64>, (k, ef): (usize, usize), query: &impl Keys) -> u64 {
+    if entries.len() <= k {
+        return u64::MAX;
+    }
+    let (_, kth, _) = entries.select_nth_unstable(k.saturating_sub(1));
+    match query.not_beyond(entry_key(*kth)) {
+        Some(limit) => {
+            let end = entry(limit, MOST_NODES as u32);
+            entries.retain(|old| *old <= end);
+            end
+        }
+        None if entries.len() > ef.max(k) => {
+            let (_, end, _) = entries.select_nth_unstable(ef.max(k));
+            let end = *end;
+            entries.truncate(ef.max(k));
+            end
+        }
+        None => u64::MAX,
     }
 }
 
@@ -400,6 +419,10 @@ impl Nodes<'_> {
 /// Candidates whose links are read in one round of a walk: a round waits for memory twice, for links and for codes,
 /// and two candidates wait together. More compare too many that are far; measured.
 const EXPANDED_TOGETHER: usize = 2;
+/// Standard deviations that a scan allows a difference of keys to be off by. The k-th of very many keys is one that
+/// rounding has made too small, and the row that is looked for may be one that it has made too large: more than
+/// what a walk allows, which compares few.
+const FAR_OFF: f32 = 1.5;
 /// Nodes that a scan compares while it asks for the next.
 const SCANNED: usize = 16;
 /// Lists asked for ahead of their use.

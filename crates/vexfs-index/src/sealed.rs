@@ -6,7 +6,7 @@
 
 use std::sync::OnceLock;
 
-use crate::codes::{CodedQuery, Coder, Width, ordered, unordered};
+use crate::codes::{Coder, Width, ordered, unordered};
 use crate::graph::{Coded, Graph, Keys, MOST_NODES, Nodes, entry_key, entry_node};
 use crate::hnsw::MAX_LAYER;
 use crate::kernels::{Prepared, prefetch};
@@ -266,12 +266,19 @@ impl Keys for Rows<'_> {
             *out = ordered(self.exact.distance(self.walker.row(*node)));
         }
     }
+    fn not_beyond(&self, key: u32) -> Option<u32> {
+        Some(key)
+    }
 }
 
 /// Rows asked for ahead of their use.
 const ASKED: usize = 3;
-/// The part of a filter's share that must be allowed around a query for a walk to find what is nearest.
-const FEW: f32 = 0.5;
+/// Candidates of the walk that looks what part of what is around a query is allowed.
+const AROUND: usize = 16;
+/// The part of a filter's share that must be allowed there for a walk to find what is nearest.
+const FEW: f32 = 0.8;
+/// Where this part is allowed, a walk through all with as many more candidates costs less than one among the allowed.
+const MANY: f32 = 0.4;
 
 impl<'a> Walker<'a> {
     /// Over a graph that is being built, with a coder and its codes if it is walked on any.
@@ -305,8 +312,7 @@ impl Walker<'_> {
         (0..size.min(1024)).step_by(64).for_each(|at| prefetch(self.rows, start + at));
     }
 
-    /// The `k` nearest by their full vectors of the `ef` nearest that the plan finds, into `scratch.best`. False: as
-    /// far as codes tell, others that the plan came by may be as near.
+    /// The `k` nearest by their full vectors of the `ef` nearest that the plan finds, into `scratch.best`.
     pub fn nearest(
         &self,
         exact: &Prepared,
@@ -314,32 +320,39 @@ impl Walker<'_> {
         plan: Plan<'_>,
         scratch: &mut Scratch,
         budget: &mut Budget,
-    ) -> Result<bool, SearchError> {
+    ) -> Result<(), SearchError> {
         let Some(coder) = self.coder else {
-            self.candidates(&Rows { walker: self, exact }, ef, plan, scratch, budget)?;
+            self.candidates(&Rows { walker: self, exact }, (k, ef), plan, scratch, budget)?;
             scratch.rank_by_keys(k, unordered);
-            return Ok(true);
+            return Ok(());
         };
         let mut coded = std::mem::take(&mut scratch.query);
         let is_exact = coder.query(exact.query(), &mut scratch.values, &mut coded);
         let keys = Coded { query: &coded, codes: self.codes, stride: coder.stride() };
-        let result = match self.candidates(&keys, ef, plan, scratch, budget) {
-            Ok(()) if is_exact => {
+        let scanned = matches!(plan, Plan::These(_));
+        let found = self.candidates(&keys, (k, ef), plan, scratch, budget);
+        let ranked = found.and_then(|()| {
+            if is_exact {
                 scratch.rank_by_keys(k, |key| key as f32);
-                Ok(true)
+                return Ok(());
             }
-            Ok(()) => self.rerank(&coded, exact, (k, ef), scratch, budget),
-            Err(error) => Err(error),
-        };
+            let entries = scratch.pool.entries();
+            let kth = entries.get(k.saturating_sub(1)).filter(|_| !scanned);
+            let near = kth.and_then(|kth| coded.not_beyond(entry_key(*kth), 1.0)).map_or(entries.len(), |limit| {
+                // So far behind the k-th that rounding can't have put it there.
+                entries.partition_point(|entry| entry_key(*entry) <= limit)
+            });
+            self.rerank(near, exact, k, scratch, budget)
+        });
         scratch.query = coded;
-        result
+        ranked
     }
 
     /// What the plan finds are the pool's entries afterwards.
     fn candidates(
         &self,
         query: &impl Keys,
-        ef: usize,
+        (k, ef): (usize, usize),
         plan: Plan<'_>,
         scratch: &mut Scratch,
         budget: &mut Budget,
@@ -351,41 +364,42 @@ impl Walker<'_> {
                 self.graph.walk(query, start, (ef, 0), pool, budget)?;
             }
             Plan::Allowed(allowed, share) => {
-                let (_, near) = self.graph.descend(query, 0, pool, budget)?;
-                let around = self.graph.share_around(near, &allowed, &mut pool.marks).unwrap_or(0.0);
+                let start = self.graph.descend(query, 0, pool, budget)?;
+                self.graph.walk(query, start, (AROUND, 0), pool, budget)?;
+                let met = pool.marks.met();
+                let around = met.iter().filter(|node| allowed(**node)).count() as f32 / met.len().max(1) as f32;
                 if around < share * FEW || around == 0.0 {
                     pool.clear();
+                } else if around >= MANY {
+                    self.graph.walk(query, start, ((ef as f32 / around) as usize, 0), pool, budget)?;
+                    pool.keep(allowed);
                 } else {
                     // Paths among the allowed alone are a little worse than those that were calibrated, and the more
                     // so where the query lies at the edge of what is allowed.
                     let more = if (0.05..0.9).contains(&around) { 1.25 } else { 1.0 } * (share / around).max(1.0);
+                    let near = pool.entries().first().map_or(start.1, |entry| entry_node(*entry));
                     self.graph.walk_allowed(query, near, &allowed, (ef as f32 * more) as usize, pool, budget)?;
                 }
             }
             Plan::These(nodes) => {
-                Graph::scan(query, nodes, ef, pool, budget)?;
+                Graph::scan(query, nodes, (k, ef), pool, budget)?;
             }
         }
         Ok(())
     }
 
-    /// The `k` nearest of the pool's entries by their full vectors, into `scratch.best`. What lies so far behind the
-    /// k-th that rounding can't have put it there is left out. False if there is no such thing among all `ef`.
+    /// The `k` nearest of the pool's first `near` entries by their full vectors, into `scratch.best`.
     fn rerank(
         &self,
-        query: &CodedQuery,
+        near: usize,
         exact: &Prepared,
-        (k, ef): (usize, usize),
+        k: usize,
         scratch: &mut Scratch,
         budget: &mut Budget,
-    ) -> Result<bool, SearchError> {
+    ) -> Result<(), SearchError> {
         let Scratch { best, pool, .. } = scratch;
         best.clear();
-        let entries = pool.entries();
-        let limit = entries.get(k.saturating_sub(1)).map_or(u32::MAX, |kth| query.not_beyond(entry_key(*kth)));
-        let near = entries.partition_point(|entry| entry_key(*entry) <= limit);
-        let whole = near < ef || limit == u32::MAX;
-        let entries = &entries[..near];
+        let entries = &pool.entries()[..near];
         entries.iter().take(ASKED).for_each(|entry| self.ask(entry_node(*entry)));
         budget.spend(entries.len() as u64)?;
         for (n, entry) in entries.iter().enumerate() {
@@ -395,7 +409,7 @@ impl Walker<'_> {
             let node = entry_node(*entry);
             keep(best, k, Candidate { distance: exact.distance(self.row(node)), node });
         }
-        Ok(whole)
+        Ok(())
     }
 }
 
@@ -430,8 +444,7 @@ impl Sealed {
         budget: &mut Budget,
     ) -> Result<(), SearchError> {
         let Some(filter) = request.filter else {
-            walker.nearest(exact, (k, ef), Plan::All, scratch, budget)?;
-            return Ok(());
+            return walker.nearest(exact, (k, ef), Plan::All, scratch, budget);
         };
         let bits = filter.bits();
         let allowed = |node: u32| match bits {
@@ -450,22 +463,17 @@ impl Sealed {
                 Err(SearchError::WorkLimit) if gave_up => {}
                 Err(error) => return Err(error),
                 // Less than asked for: the walk came to an end before it had met all that is allowed.
-                Ok(_) if scratch.best.len() < k.min(ef) => {}
-                Ok(_) => return Ok(()),
+                Ok(()) if scratch.best.len() < k.min(ef) => {}
+                Ok(()) => return Ok(()),
             }
         }
-        let mut ef = ef.max(2 * k.min(self.nodes) + 20);
-        loop {
-            let mut these = match bits {
-                Some(bits) => Nodes::Set(bits, 0, self.nodes as u32),
-                None => Nodes::Passing(0..self.nodes as u32, &allowed),
-            };
-            // Where all that is allowed is about equally far, codes don't tell what is nearest: rank more of it.
-            if walker.nearest(exact, (k, ef), Plan::These(&mut these), scratch, budget)? || ef >= self.nodes {
-                return Ok(());
-            }
-            ef = ef.saturating_mul(8);
-        }
+        let mut these = match bits {
+            Some(bits) => Nodes::Set(bits, 0, self.nodes as u32),
+            None => Nodes::Passing(0..self.nodes as u32, &allowed),
+        };
+        // A scan's own: coarse codes need some more than what a walk is calibrated for.
+        let ef = ef.max(2 * k.min(self.nodes) + 20);
+        walker.nearest(exact, (k, ef), Plan::These(&mut these), scratch, budget)
     }
 
     /// The hits, into `scratch.best`.
