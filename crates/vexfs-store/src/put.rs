@@ -24,9 +24,19 @@ pub struct Target {
 impl Volume {
     /// The collection that the file's vectors belong to; made, completed or inferred anew if need be.
     pub fn prepare(&self, file: FileId, dimension: usize, element: Element) -> Result<Target, PutError> {
+        let dir = self.inner.tree.read().file(file).and_then(|row| row.links.first().map(|link| link.parent));
+        self.prepare_in(dir.unwrap_or(FileId::ROOT), file, dimension, element)
+    }
+
+    /// As [`Volume::prepare`], for a file of this directory that need not be known yet.
+    pub fn prepare_in(
+        &self,
+        dir: FileId,
+        file: FileId,
+        dimension: usize,
+        element: Element,
+    ) -> Result<Target, PutError> {
         let inner = &*self.inner;
-        let dir = inner.tree.read().file(file).and_then(|row| row.links.first().map(|link| link.parent));
-        let dir = dir.unwrap_or(FileId::ROOT);
         let mut writer = inner.writer.lock();
         let collection = match inner.nearest(dir) {
             Some(collection) => collection,

@@ -197,11 +197,11 @@ fn a_copied_volume_answers_as_before_where_its_files_are_the_same() {
     put_bulk(&volume, 10, "bulk.npy", 1);
     put_bulk(&volume, 11, "other.npy", 2);
     put_bulk(&volume, 12, "changed.npy", 3);
-    volume.rename(FileId(11), &link("other.npy"), below("other.npy"), None);
+    volume.rename(FileId(11), (&link("other.npy"), true), (below("other.npy"), true), None);
     volume.scan_finished();
     volume.close().unwrap();
     let print = print(BULK_ROWS as u64);
-    let locate = move |path: &[u8]| match path {
+    let locate = move |path: &[u8], _attached: bool| match path {
         b"sub" => Some(Located { id: FileId(12), fingerprint: None }),
         b"bulk.npy" => Some(Located { id: FileId(11), fingerprint: Some(print) }),
         b"sub/other.npy" => Some(Located { id: FileId(10), fingerprint: Some(print) }),
@@ -412,12 +412,12 @@ fn history(volume: &Volume, durable: &mut dyn FnMut(&[&str])) -> Result<(), Comm
     put(volume, 1_002, "b.vec", &[&[0.0, 1.0, 0.0, 0.0]]);
     volume.commit()?;
     durable(&["a.vec", "b.vec"]);
-    volume.rename(FileId(1_002), &link("b.vec"), link("c.vec"), None);
+    volume.rename(FileId(1_002), (&link("b.vec"), true), (link("c.vec"), true), None);
     volume.unlink(FileId(1_001), &link("a.vec"));
     volume.commit()?;
     durable(&["c.vec"]);
     put(volume, 1_003, "d.vec", &[&[0.0, 0.0, 1.0, 0.0]]);
-    volume.rename(FileId(1_003), &link("d.vec"), link("c.vec"), Some(FileId(1_002)));
+    volume.rename(FileId(1_003), (&link("d.vec"), true), (link("c.vec"), true), Some(FileId(1_002)));
     volume.commit()?;
     durable(&["c.vec"]);
     Ok(())

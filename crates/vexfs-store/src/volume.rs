@@ -229,7 +229,7 @@ fn load(
         tree.dirty_files.extend(rows.files.iter().map(|(id, _)| *id));
         tree.dirty_dirs.extend(rows.dirs.iter().map(|(id, _)| *id));
         dirty_collections.extend(rows.collections.iter().map(|(id, _)| *id));
-        let locate = options.locate.clone().unwrap_or_else(|| Arc::new(|_: &[u8]| None));
+        let locate = options.locate.clone().unwrap_or_else(|| Arc::new(|_: &[u8], _| None));
         rekey(&mut rows, &*locate);
         tree.dirty_files.extend(rows.files.iter().map(|(id, _)| *id));
         tree.dirty_dirs.extend(rows.dirs.iter().map(|(id, _)| *id));

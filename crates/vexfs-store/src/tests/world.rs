@@ -295,7 +295,7 @@ impl World {
         }
         self.source.change(NameChange::Rename(from.to_owned(), to.to_owned()));
         self.touch(inode);
-        self.volume.rename(World::id(inode), &link(from), link(to), replaced.map(World::id));
+        self.volume.rename(World::id(inode), (&link(from), true), (link(to), true), replaced.map(World::id));
         let print = self.source.inodes[&inode].live.fingerprint();
         if !self.volume.touch(World::id(inode), print) {
             self.read_known(World::id(inode));
