@@ -22,6 +22,7 @@ test: packages
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	VEXFS_REQUIRE_FUSE=$(if $(wildcard /dev/fuse),1) cargo test --workspace --locked
+	cargo test -p vexfs-store --features schedules --lib --locked schedules
 
 demo: packages
 	cargo build --release --locked -p vexfs

@@ -20,10 +20,13 @@ mod part;
 mod put;
 mod rekey;
 mod report;
+#[cfg(all(test, feature = "schedules"))]
+mod schedules;
 mod schema;
 mod search;
 pub mod segment;
-#[cfg(test)]
+mod sync;
+#[cfg(all(test, not(feature = "schedules")))]
 mod tests;
 mod tree;
 mod volume;

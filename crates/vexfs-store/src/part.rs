@@ -5,14 +5,14 @@
 //! never both and never neither, and takes no lock for it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use parking_lot::{Mutex, RwLock};
 use vexfs_index::{Explorer, Filter, Flat, Index, Mutable, Slot};
 
 use crate::id::{FileId, Generation};
 use crate::segment::{Segment, SegmentError};
+use crate::sync::{AtomicU64, Mutex, RwLock};
 use crate::tree::Tree;
 
 /// The version of a reading that is not to be seen yet, or not to end yet.
