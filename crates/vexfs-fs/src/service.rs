@@ -152,7 +152,7 @@ impl Service<'_> {
                 return answer;
             }
             while !self.ingest.walked() && Instant::now() < deadline {
-                std::thread::sleep(WALK_STEP);
+                step_towards(deadline);
             }
         }
     }
@@ -217,11 +217,16 @@ impl Service<'_> {
         loop {
             match self.ingest.volume.ready() {
                 Ok(()) => return Ok(()),
-                Err(_) if Instant::now() < deadline => std::thread::sleep(WALK_STEP),
+                Err(_) if Instant::now() < deadline => step_towards(deadline),
                 Err(error) => return Err(error.into()),
             }
         }
     }
+}
+
+/// Waits for a walk, not past the deadline.
+fn step_towards(deadline: Instant) {
+    std::thread::sleep(WALK_STEP.min(deadline.saturating_duration_since(Instant::now())));
 }
 
 /// Which of a file's vectors.

@@ -222,9 +222,8 @@ impl Part {
 
     /// The slot of a row of a reading, if the part holds it.
     pub fn find(&self, wanted: &Arc<Reading>, row: u32) -> Option<Slot> {
-        let holds =
-            |slot: &Slot| self.resolve(*slot).is_some_and(|(reading, at)| at == row && Arc::ptr_eq(reading, wanted));
-        (0..self.index().len() as u32).map(Slot).find(holds)
+        let number = self.readings().position(|reading| Arc::ptr_eq(reading, wanted))? as u32;
+        (0..self.index().len() as u32).map(Slot).find(|slot| self.point(*slot) == Some((number, row)))
     }
 
     /// Every reading of the part, by number.

@@ -220,12 +220,9 @@ fn first_answer(args: &StoreArgs) -> Result<(), String> {
         right += found.iter().filter(|hit| truth.contains(hit)).count();
         all += truth.len();
     }
-    let deadline = Instant::now() + Duration::from_millis(1);
-    let hasty = Query { deadline: Some(deadline), exact: true, ..queries[0].clone() };
-    let gave_up = volume.search(&hasty, &mut |_, _, _| true).is_err();
-    let late = Instant::now().saturating_duration_since(deadline).as_secs_f64();
+    let (gave_up, late) = deadlines(&volume, &queries);
     let line = json!({
-        "deadline_met": gave_up,
+        "gave_up": gave_up,
         "past_deadline_ms": late * 1e3,
         "recall": right as f64 / all as f64,
         "searches_per_second": searches,
@@ -237,6 +234,18 @@ fn first_answer(args: &StoreArgs) -> Result<(), String> {
     });
     println!("{line}");
     volume.close().map_err(|error| error.to_string())
+}
+
+/// Searches with too little time, exact and not: how many gave up, and how long after the deadline the latest answered.
+fn deadlines(volume: &Volume, queries: &[Query]) -> (usize, f64) {
+    let (mut gave_up, mut latest) = (0, 0f64);
+    for (n, query) in queries.iter().enumerate() {
+        let deadline = Instant::now() + Duration::from_micros(20 * n as u64);
+        let hasty = Query { deadline: Some(deadline), exact: n % 2 == 0, k: 1 + n, ..query.clone() };
+        gave_up += usize::from(volume.search(&hasty, &mut |_, _, _| true).is_err());
+        latest = latest.max(Instant::now().saturating_duration_since(deadline).as_secs_f64());
+    }
+    (gave_up, latest)
 }
 
 /// Queries that `open` asks, from all over the base.
