@@ -10,6 +10,7 @@ use crate::catalog::{CollectionRow, Content, Fingerprint};
 use crate::collection::{BULK_ROWS, Collection};
 use crate::error::PutError;
 use crate::id::{CollectionId, FileId, Generation};
+use crate::maintain;
 use crate::part::{Part, Reading};
 use crate::schema::Config;
 use crate::volume::{Inner, SyncMode, Volume, Writer};
@@ -82,6 +83,8 @@ impl Volume {
         let count = rows.len() / target.space.row_bytes();
         let count_u32 = u32::try_from(count)
             .map_err(|_| PutError::TooLarge(format!("{count} rows are more than a file may bring")))?;
+        // By the writer too, as the thread that seals may be at a build: a head is never much larger than it may be.
+        maintain::freeze_full_head(inner, collection);
         inner.wait_for_room(collection);
         let generation = {
             let mut writer = inner.writer.lock();

@@ -127,19 +127,24 @@ fn read_rows(args: &StoreArgs, rows: Option<usize>) -> Result<Rows, String> {
 /// Measures and prints a line of JSON.
 pub fn store(args: &StoreArgs) -> Result<(), String> {
     if matches!(args.what, What::Open) {
-        return first_answer(args);
+        println!("{}", first_answer(args)?);
+        return Ok(());
     }
     let mut base = read_rows(args, args.rows)?;
     base.bytes = base.bytes.repeat(args.copies);
     let sync = if matches!(args.what, What::Immediate) { SyncMode::Immediate } else { SyncMode::Lazy };
     let volume = open(&args.dir, sync, args.memory)?;
     config(&volume, &base);
-    let line = match args.what {
-        What::Lazy | What::Immediate => inserts(&volume, &base, args.what)?,
-        What::Bulk => bulk(&volume, &base)?,
-        What::Churn => churn(&volume, &base, &args.dir)?,
-        What::Open => return Ok(()),
-    };
+    let before = anonymous()?;
+    let (line, most) = watched(|| match args.what {
+        What::Lazy | What::Immediate => inserts(&volume, &base, args.what),
+        What::Bulk => bulk(&volume, &base),
+        What::Churn => churn(&volume, &base, &args.dir),
+        What::Open => first_answer(args),
+    })?;
+    let mut line = line?;
+    // Beside the base that is held here.
+    line["most_anonymous_mb"] = json!(most.saturating_sub(before) as f64 * 1024.0 / 1e6);
     println!("{line}");
     volume.close().map_err(|error| error.to_string())
 }
@@ -201,7 +206,7 @@ fn bulk(volume: &Volume, base: &Rows) -> Result<serde_json::Value, String> {
     }))
 }
 
-fn first_answer(args: &StoreArgs) -> Result<(), String> {
+fn first_answer(args: &StoreArgs) -> Result<serde_json::Value, String> {
     // What is asked with is all that is kept of the base: memory is measured.
     let queries: Vec<Query> = {
         let base = read_rows(args, args.rows)?;
@@ -232,8 +237,8 @@ fn first_answer(args: &StoreArgs) -> Result<(), String> {
         "open_ms": opened * 1e3,
         "first_answer_ms": answered * 1e3,
     });
-    println!("{line}");
-    volume.close().map_err(|error| error.to_string())
+    volume.close().map_err(|error| error.to_string())?;
+    Ok(line)
 }
 
 /// Searches with too little time, exact and not: how many gave up, and how long after the deadline the latest answered.
@@ -254,9 +259,9 @@ const QUERIES: usize = 500;
 /// Searches from all cores; how many a second, and the most anonymous memory that the process had, KiB.
 fn load(volume: &Volume, queries: &[Query], time: Duration) -> Result<(f64, u64), String> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let (done, most, ended) = (AtomicU64::new(0), AtomicU64::new(anonymous()?), AtomicBool::new(false));
+    let done = AtomicU64::new(0);
     let began = Instant::now();
-    let work = |first: usize| {
+    let work = &|first: usize| {
         for query in queries.iter().cycle().skip(first * queries.len() / threads) {
             if began.elapsed() >= time {
                 return Ok(());
@@ -266,7 +271,20 @@ fn load(volume: &Volume, queries: &[Query], time: Duration) -> Result<(f64, u64)
         }
         Ok(())
     };
-    let results: Vec<Result<(), String>> = std::thread::scope(|scope| {
+    let (results, most) = watched(|| {
+        std::thread::scope(|scope| {
+            let searching: Vec<_> = (0..threads).map(|first| scope.spawn(move || work(first))).collect();
+            searching.into_iter().map(joined).collect::<Result<Vec<()>, String>>()
+        })
+    })?;
+    results?;
+    Ok((done.into_inner() as f64 / began.elapsed().as_secs_f64(), most))
+}
+
+/// The most anonymous memory that the process had during `work`, KiB, beside what that gives.
+fn watched<T>(work: impl FnOnce() -> T) -> Result<(T, u64), String> {
+    let (most, ended) = (AtomicU64::new(anonymous()?), AtomicBool::new(false));
+    let result = std::thread::scope(|scope| {
         let watch = scope.spawn(|| {
             while !ended.load(Ordering::Acquire) {
                 most.fetch_max(anonymous()?, Ordering::Relaxed);
@@ -274,14 +292,11 @@ fn load(volume: &Volume, queries: &[Query], time: Duration) -> Result<(f64, u64)
             }
             Ok(())
         });
-        let searching: Vec<_> = (0..threads).map(|first| scope.spawn(move || work(first))).collect();
-        let mut results: Vec<_> = searching.into_iter().map(joined).collect();
+        let result = work();
         ended.store(true, Ordering::Release);
-        results.push(joined(watch));
-        results
-    });
-    results.into_iter().collect::<Result<Vec<()>, _>>()?;
-    Ok((done.into_inner() as f64 / began.elapsed().as_secs_f64(), most.into_inner()))
+        joined(watch).map(|()| result)
+    })?;
+    Ok((result, most.into_inner()))
 }
 
 fn joined<T>(thread: std::thread::ScopedJoinHandle<'_, Result<T, String>>) -> Result<T, String> {
