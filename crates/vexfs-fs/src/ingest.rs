@@ -40,6 +40,8 @@ pub struct Ingest {
     /// Has somebody the file open for writing through the mount?
     being_written: Box<dyn Fn(FileId) -> bool + Send + Sync>,
     reading: Vec<Mutex<()>>,
+    /// Settings are read one at a time.
+    configuring: Mutex<()>,
     /// Until the walk after mounting is over, files may have names that the volume hasn't heard of.
     walked: AtomicBool,
     /// A file that was to be read was under none of its names: no answer is whole before the walk.
@@ -71,6 +73,7 @@ impl Ingest {
             strict,
             being_written,
             reading,
+            configuring: Mutex::new(()),
             walked: AtomicBool::new(false),
             lost: AtomicBool::new(false),
         }
@@ -130,8 +133,9 @@ impl Ingest {
     }
 
     fn read_unless_known(&self, file: FileId, opened: &File, when: When) -> Result<(), Refusal> {
-        let _one = self.reading[file.0 as usize % STRIPES].lock();
         let Some(link) = self.volume.links(file).into_iter().next() else { return Ok(()) };
+        // Settings have vector files read while they are held: those may have any stripe, and never settings.
+        let _one = if is_config(&link) { &self.configuring } else { &self.reading[file.0 as usize % STRIPES] }.lock();
         for _ in 0..ATTEMPTS {
             let before = fingerprint(&rustix::fs::fstat(opened).map_err(std::io::Error::from)?);
             match self.volume.content(file) {

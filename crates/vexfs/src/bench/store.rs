@@ -303,8 +303,11 @@ fn joined<T>(thread: std::thread::ScopedJoinHandle<'_, Result<T, String>>) -> Re
     thread.join().unwrap_or_else(|_| Err("a thread panicked".to_owned()))
 }
 
+/// Files and rows.
+type Points = Vec<(FileId, u32)>;
+
 /// What a query finds, and what an exact one does.
-fn asked(volume: &Volume, query: &Query) -> Result<(Vec<(FileId, u32)>, Vec<(FileId, u32)>), String> {
+fn asked(volume: &Volume, query: &Query) -> Result<(Points, Points), String> {
     let ask = |exact| {
         let answer = volume.search(&Query { exact, ..query.clone() }, &mut |_, _, _| true);
         let hits = answer.map_err(|error| error.to_string())?.hits;
