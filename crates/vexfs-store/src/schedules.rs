@@ -1,8 +1,6 @@
 //! The store over shuttle's locks and atomics: searches beside writes, seals, merges and removals, in many random
 //! schedules. `cargo test -p vexfs-store --features schedules`; `VEXFS_SCHEDULES=N` takes N of each.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
