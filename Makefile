@@ -7,6 +7,7 @@ PACKAGES := $(shell command -v fusermount3 >/dev/null || echo fuse3) \
             $(shell command -v setpriv >/dev/null || echo util-linux) \
             $(shell command -v mkfs.ext4 >/dev/null || echo e2fsprogs) \
             $(shell command -v mkfs.xfs >/dev/null || echo xfsprogs) \
+            $(shell command -v mkfs.btrfs >/dev/null || echo btrfs-progs) \
             $(shell command -v cc >/dev/null || echo gcc libc6-dev)
 
 .PHONY: test demo packages
@@ -22,6 +23,7 @@ test: packages
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	VEXFS_REQUIRE_FUSE=$(if $(wildcard /dev/fuse),1) cargo test --workspace --locked
+	cargo test -p vexfs-store --features schedules --lib --locked schedules
 
 demo: packages
 	cargo build --release --locked -p vexfs

@@ -1,4 +1,4 @@
-//! A disk that is full: the errno passes, reads and searches go on, and writes resume when there is space again.
+//! A disk or a quota that is full: the errno passes, reads and searches go on, and writes resume when there is space again.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -12,12 +12,16 @@ struct SmallDisk(std::path::PathBuf);
 
 impl SmallDisk {
     fn new(kind: &str, megabytes: u64, image: &Path, mountpoint: &Path) -> Option<SmallDisk> {
+        SmallDisk::with(kind, megabytes, image, mountpoint, "loop")
+    }
+
+    fn with(kind: &str, megabytes: u64, image: &Path, mountpoint: &Path, options: &str) -> Option<SmallDisk> {
         File::create(image).unwrap().set_len(megabytes << 20).unwrap();
         let made = Command::new(format!("mkfs.{kind}")).arg("-q").arg(image).output();
         if skip(!made.is_ok_and(|output| output.status.success()), &format!("no mkfs.{kind}")) {
             return None;
         }
-        let mounted = Command::new("mount").args(["-o", "loop"]).arg(image).arg(mountpoint).output().unwrap();
+        let mounted = Command::new("mount").args(["-o", options]).arg(image).arg(mountpoint).output().unwrap();
         if skip(!mounted.status.success(), &String::from_utf8_lossy(&mounted.stderr)) {
             return None;
         }
@@ -113,4 +117,44 @@ fn on_a_full_ext4_searches_go_on_and_writes_resume() {
 #[test]
 fn on_a_full_xfs_searches_go_on_and_writes_resume() {
     a_full_disk("xfs", 320);
+}
+
+#[test]
+fn on_a_full_btrfs_searches_go_on_and_writes_resume() {
+    a_full_disk("btrfs", 160);
+}
+
+#[test]
+fn past_a_quota_writers_are_told_so_and_searches_go_on() {
+    const USER: u32 = 12_345;
+    if skip(!is_root(), "a file system of its own needs root") {
+        return;
+    }
+    let Some(v) = Volume::unmounted(&["-o", "allow_other"]) else { return };
+    let image = v.dir.path().join("image");
+    let Some(_disk) = SmallDisk::with("xfs", 320, &image, &v.source(), "loop,uquota") else { return };
+    let limit =
+        Command::new("xfs_quota").args(["-x", "-c", &format!("limit bhard=4m {USER}")]).arg(v.source()).output();
+    if skip(!limit.is_ok_and(|output| output.status.success()), "no xfs_quota") {
+        return;
+    }
+    fs::set_permissions(v.source(), std::os::unix::fs::PermissionsExt::from_mode(0o777)).unwrap();
+    v.mount();
+    v.write("a.vec", "1, 0, 0");
+    let as_user = |script: &str| {
+        let mut command = Command::new("sh");
+        std::os::unix::process::CommandExt::uid(&mut command, USER);
+        command.args(["-c", script]).current_dir(v.mnt()).env("LC_ALL", "C").output().unwrap()
+    };
+    let output = as_user("head -c 8M /dev/zero > filler.bin");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains("quota exceeded"), "{said}");
+    let output = as_user("head -c 100K /dev/zero > b.npy");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("quota exceeded"));
+    assert_eq!(v.near("", &[1.0, 0.0, 0.0], 9), ["a.vec"]);
+    v.write("c.vec", "0, 1, 0");
+    assert_eq!(v.near("", &[0.0, 1.0, 0.0], 1), ["c.vec"], "who isn't past it writes on");
+    assert!(as_user("rm filler.bin && echo '0 0 1' > b.vec").status.success());
+    assert_eq!(v.near("", &[0.0, 0.0, 1.0], 1), ["b.vec"]);
+    v.umount();
 }

@@ -213,3 +213,20 @@ fn bad_settings_are_explained_and_the_old_ones_stand() {
     assert!(v.error_of(".vexfs.toml").is_none());
     assert!(v.error_of("a.vec").unwrap().1.contains("2 dimensions, 3 are wanted"));
 }
+
+/// Files are read one at a time by the lowest bits of their inode numbers. Settings held theirs while the files that they
+/// concern were read: where a file had the same ones, close(2) of the settings never returned.
+#[test]
+fn settings_may_share_the_low_bits_of_a_vector_files_inode_number() {
+    use std::os::unix::fs::MetadataExt;
+    let Some(v) = Volume::new(&[]) else { return };
+    v.write(".vexfs.toml", "metric = \"l2\"\n");
+    let inode = |name: &str| std::fs::metadata(v.path(name)).unwrap().ino();
+    for n in 0..256 {
+        v.write(&format!("{n}.vec"), "0, 5");
+    }
+    assert!((0..256).any(|n| inode(&format!("{n}.vec")) % 64 == inode(".vexfs.toml") % 64));
+    v.write(".vexfs.toml", "metric = \"ip\"\n");
+    let answer = v.ask("", &serde_json::json!({ "vector": [0.0, 1.0], "k": 1 }));
+    assert_eq!(answer["hits"][0]["distance"], -5.0, "{answer}");
+}

@@ -4,6 +4,7 @@
 fn each_promise_names_a_test_that_exists() {
     let document = include_str!("../docs/semantics.md");
     let sources = [
+        include_str!("attached.rs"),
         include_str!("crash.rs"),
         include_str!("disks.rs"),
         include_str!("files.rs"),

@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::PathBuf;
 
+use rustix::fs::XattrFlags;
+
 use crate::support::{Random, Volume, npy, text};
 
 const ROWS: usize = 9_000;
@@ -33,11 +35,17 @@ fn check(v: &Volume, args: &[&str]) -> (i32, String) {
     (output.status.code().unwrap(), String::from_utf8(said).unwrap())
 }
 
+/// What is attached to `photo.jpg`: at right angles to what `small.vec` holds.
+const ATTACHED: [f32; 16] = [1., -1., 1., -1., 1., -1., 1., -1., 1., -1., 1., -1., 1., -1., 1., -1.];
+
 fn filled() -> Option<(Volume, Vec<Vec<f32>>)> {
     let v = Volume::new(&[])?;
     let data = rows(3);
     v.write("bulk.npy", npy(&data));
     v.write("small.vec", text(&[0.5; 16]));
+    v.write("photo.jpg", "");
+    let attached: Vec<u8> = ATTACHED.iter().flat_map(|x| x.to_le_bytes()).collect();
+    rustix::fs::setxattr(v.path("photo.jpg"), "user.vexfs.embedding.f32", &attached, XattrFlags::empty()).unwrap();
     let mnt = v.mnt();
     let output = v.command(&["sync", mnt.to_str().unwrap(), "--indexed"]);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -102,6 +110,7 @@ fn rebuild_makes_the_index_again_from_the_files() {
     v.mount();
     assert_eq!(first(&v, &data[42]), Some(("bulk.npy".to_owned(), 42)));
     assert_eq!(first(&v, &[0.5; 16]), Some(("small.vec".to_owned(), 0)));
+    assert_eq!(first(&v, &ATTACHED), Some(("photo.jpg".to_owned(), 0)));
 }
 
 #[test]
@@ -154,9 +163,21 @@ fn the_mode_is_switched_while_mounted_and_sync_waits() {
     assert!(!run(&["sync", "/"]));
 }
 
+/// A tool that isn't part of what the tests need.
+fn skip_tool(name: &str) -> bool {
+    let missing = std::process::Command::new(name).arg("--version").output().is_err();
+    if missing {
+        eprintln!("skipped: no {name}");
+    }
+    missing
+}
+
 #[test]
 fn a_copied_volume_answers_as_before() {
-    for with in ["cp", "tar"] {
+    for with in ["cp", "tar", "rsync"] {
+        if with == "rsync" && skip_tool("rsync") {
+            continue;
+        }
         let Some((v, data)) = filled() else { return };
         fs::create_dir(v.path("below")).unwrap();
         fs::rename(v.path("small.vec"), v.path("below/small.vec")).unwrap();
@@ -168,7 +189,11 @@ fn a_copied_volume_answers_as_before() {
         let (from, to) = (v.source(), copy.to_str().unwrap());
         let script = match with {
             "cp" => format!("cp -a {}/. {to}/", from.display()),
-            _ => format!("tar -C {} --format=posix -cf - . | tar -C {to} --numeric-owner -xpf -", from.display()),
+            "rsync" => format!("rsync -aX {}/ {to}/", from.display()),
+            _ => format!(
+                "tar -C {} --format=posix --xattrs -cf - . | tar -C {to} --numeric-owner --xattrs --xattrs-include='*' -xpf -",
+                from.display()
+            ),
         };
         assert!(std::process::Command::new("sh").args(["-c", &script]).status().unwrap().success());
         fs::remove_dir_all(&from).unwrap();
@@ -178,6 +203,7 @@ fn a_copied_volume_answers_as_before() {
         assert_eq!(v.stats("")["files"]["unread"], 0, "{with}");
         assert_eq!(first(&v, &data[99]), Some(("bulk.npy".to_owned(), 99)), "{with}");
         assert_eq!(first(&v, &[0.5; 16]), Some(("below/small.vec".to_owned(), 0)), "{with}");
+        assert_eq!(first(&v, &ATTACHED), Some(("photo.jpg".to_owned(), 0)), "{with}");
         // Nothing was built again: the segments are those that were copied.
         assert_eq!(fs::read_dir(copy.join(".vexfs/segments")).unwrap().count(), segments, "{with}");
         assert_eq!(v.stats("")["collections"][0]["dead"], 0, "{with}");

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use rustix::io::Errno;
 use vexfs_store::{FileId, Link, Volume};
 
+use crate::embedding::Value;
 use crate::errors::Failure;
 use crate::ingest::{Ingest, When, is_interesting};
 use crate::nodes::Nodes;
@@ -50,6 +51,18 @@ pub trait Events: Send + Sync {
     fn seen(&self, parent: FileId, name: &OsStr, file: FileId, created: bool);
     /// An interesting file's bytes may have changed. The error is what close(2) or fsync(2) answers.
     fn changed(&self, file: FileId, fd: BorrowedFd<'_>, cause: Cause) -> Result<(), Errno>;
+    /// Can this vector be attached to a file of that directory? The bytes to store.
+    fn may_attach(&self, parent: FileId, file: FileId, value: &Value) -> Result<Vec<u8>, Errno>;
+    /// A file of this name has another vector attached.
+    fn attached(&self, parent: FileId, name: &OsStr, file: FileId, fd: BorrowedFd<'_>) -> Result<(), Errno>;
+    /// A file has no vector attached any more.
+    fn detached(&self, file: FileId);
+    /// Has the file a vector attached?
+    fn has_attached(&self, file: FileId) -> bool;
+    /// Has any file a vector attached?
+    fn any_attached(&self) -> bool;
+    /// A file that has a vector attached is here.
+    fn met_attached(&self, parent: FileId, name: &OsStr, file: FileId);
     /// A directory was synced.
     fn synced_dir(&self) -> Result<(), Errno>;
     /// An interesting name is gone.
@@ -130,6 +143,39 @@ impl Events for IndexEvents {
         }
     }
 
+    fn may_attach(&self, parent: FileId, file: FileId, value: &Value) -> Result<Vec<u8>, Errno> {
+        self.place(parent);
+        self.ingest.may_attach(parent, file, value).map_err(|refusal| {
+            log::info!("inode {}: {}", file.0, refusal.reason);
+            refusal.errno
+        })
+    }
+
+    fn attached(&self, parent: FileId, name: &OsStr, file: FileId, fd: BorrowedFd<'_>) -> Result<(), Errno> {
+        self.place(parent);
+        self.ingest.attached(file, link(parent, name), fd).map_err(|refusal| {
+            log::info!("inode {}: {}", file.0, refusal.reason);
+            refusal.errno
+        })
+    }
+
+    fn detached(&self, file: FileId) {
+        self.ingest.volume.detach(file);
+    }
+
+    fn has_attached(&self, file: FileId) -> bool {
+        self.ingest.volume.has_attached(file)
+    }
+
+    fn any_attached(&self) -> bool {
+        self.ingest.volume.any_attached()
+    }
+
+    fn met_attached(&self, parent: FileId, name: &OsStr, file: FileId) {
+        self.place(parent);
+        self.ingest.volume.attach(file, vec![link(parent, name)]);
+    }
+
     fn synced_dir(&self) -> Result<(), Errno> {
         self.ingest.commit().map_err(|failure| failure.errno)
     }
@@ -151,7 +197,11 @@ impl Events for IndexEvents {
         }
         if moved.is_dir {
             self.dir_moved(moved.file, from.parent, moved.to);
-        } else if is_interesting(moved.from.1) || is_interesting(moved.to.1) {
+        } else if is_interesting(moved.from.1)
+            || is_interesting(moved.to.1)
+            || self.has_attached(moved.file)
+            || moved.other.is_some_and(|(file, is_dir)| !is_dir && self.has_attached(file))
+        {
             self.place(to.parent);
             self.place(from.parent);
             match other {

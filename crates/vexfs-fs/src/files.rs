@@ -18,6 +18,7 @@ use rustix::io::Errno;
 use vexfs_store::FileId;
 
 use crate::access::Caller;
+use crate::embedding::{self, Form, Value};
 use crate::events::{Cause, Events, Moved};
 use crate::nodes::{Node, Nodes};
 use crate::umask::with_umask;
@@ -171,6 +172,8 @@ impl Files {
         if node.kind == FileType::RegularFile && node.native && self.events.interested(name) {
             node.interesting.store(true, Ordering::Release);
             self.events.seen(parent.file(), name, node.file(), created);
+        } else if node.kind == FileType::RegularFile && node.native && self.events.has_attached(node.file()) {
+            self.events.met_attached(parent.file(), name, node.file());
         }
         self.settle_privileges(node, &mut stat);
         Entry { id: node.id, stat }
@@ -350,7 +353,7 @@ impl Files {
     pub fn unlink(&self, parent: u64, name: &OsStr) -> Result<(), Errno> {
         refuse_reserved(name)?;
         let parent = self.nodes.get(parent)?;
-        if !self.events.interested(name) {
+        if !self.events.interested(name) && !self.events.any_attached() {
             return rustix::fs::unlinkat(&parent.fd, name, AtFlags::empty());
         }
         let (id, _) = self.peek(&parent, name)?;
@@ -561,7 +564,7 @@ impl Files {
             true => rustix::fs::fdatasync(&handle.file)?,
             false => rustix::fs::fsync(&handle.file)?,
         }
-        if handle.node.interesting.load(Ordering::Acquire) {
+        if handle.node.interesting.load(Ordering::Acquire) || self.events.has_attached(handle.node.file()) {
             self.events.changed(handle.node.file(), handle.file.as_fd(), Cause::Fsync)?;
         }
         Ok(())
@@ -619,6 +622,9 @@ impl Files {
 
     /// Sets an extended attribute.
     pub fn setxattr(&self, caller: Caller, id: u64, name: &OsStr, value: &[u8], flags: i32) -> Result<(), Errno> {
+        if let Some((form, node)) = self.embedding(id, name)? {
+            return self.attach(&node, &Value::new(form, value.to_vec()), XattrFlags::from_bits_retain(flags as u32));
+        }
         let path = self.xattr_path(id)?;
         let set = || rustix::fs::setxattr(path, name.as_bytes(), value, XattrFlags::from_bits_retain(flags as u32));
         // An ACL that somebody outside the file's group sets takes the set-group-id bit: for the kernel to decide.
@@ -630,6 +636,12 @@ impl Files {
 
     /// Reads an extended attribute.
     pub fn getxattr(&self, id: u64, name: &OsStr) -> Result<Vec<u8>, Errno> {
+        if let Some((Form::Text, node)) = self.embedding(id, name)?
+            && let (_, Some(value)) = embedding::read(node.fd.as_fd())?
+            && let Ok(vector) = value.vector()
+        {
+            return Ok(embedding::to_text(&vector));
+        }
         let mut value = Vec::with_capacity(XATTR_MAX);
         let path = self.xattr_path(id)?;
         rustix::fs::getxattr(path, name.as_bytes(), rustix::buffer::spare_capacity(&mut value))?;
@@ -645,7 +657,57 @@ impl Files {
 
     /// Removes an extended attribute.
     pub fn removexattr(&self, id: u64, name: &OsStr) -> Result<(), Errno> {
+        if let Some((_, node)) = self.embedding(id, name)? {
+            let path = proc_path(&node);
+            let removed = [embedding::TEXT, embedding::BINARY].map(|name| rustix::fs::removexattr(&path, name));
+            if removed.contains(&Ok(())) {
+                self.events.detached(node.file());
+            }
+            // Two spellings of one vector: it is gone when neither is there.
+            return match removed.into_iter().find(|result| !matches!(result, Ok(()) | Err(Errno::NODATA))) {
+                Some(failed) => failed,
+                None if removed.contains(&Ok(())) => Ok(()),
+                None => Err(Errno::NODATA),
+            };
+        }
         rustix::fs::removexattr(self.xattr_path(id)?, name.as_bytes())
+    }
+
+    /// The spelling and the file, where the attribute is a vector attached to a file of the source's own file system.
+    fn embedding(&self, id: u64, name: &OsStr) -> Result<Option<(Form, Arc<Node>)>, Errno> {
+        let Some(form) = Form::of(name.as_bytes()) else { return Ok(None) };
+        let node = self.nodes.get(id)?;
+        Ok((node.kind == FileType::RegularFile && node.native).then_some((form, node)))
+    }
+
+    /// Attaches a vector: refused before anything is stored, found when this returns. It replaces the one that was there,
+    /// however that was spelt.
+    fn attach(&self, node: &Node, value: &Value, flags: XattrFlags) -> Result<(), Errno> {
+        let path = proc_path(node);
+        let (stat, known) = embedding::read(node.fd.as_fd())?;
+        if flags.contains(XattrFlags::CREATE) && known.is_some() {
+            return Err(Errno::EXIST);
+        }
+        if flags.contains(XattrFlags::REPLACE) && known.is_none() {
+            return Err(Errno::NODATA);
+        }
+        let (parent, name) = self.nodes.place(node.file()).ok_or(Errno::STALE)?;
+        let there = self.nodes.get(parent.0).and_then(|dir| self.peek(&dir, &name)).is_ok_and(|(id, _)| id == node.id);
+        if !there && stat.st_nlink > 0 {
+            // Its name is one that the kernel has not asked for yet.
+            return Err(Errno::STALE);
+        }
+        let bytes = self.events.may_attach(parent, node.file(), value)?;
+        rustix::fs::setxattr(&path, embedding::BINARY, &bytes, XattrFlags::empty())?;
+        match rustix::fs::removexattr(&path, embedding::TEXT) {
+            Ok(()) | Err(Errno::NODATA) => {}
+            Err(errno) => return Err(errno),
+        }
+        match there {
+            true => self.events.attached(parent, &name, node.file(), node.fd.as_fd()),
+            // A file without a name is in no answer.
+            false => Ok(()),
+        }
     }
 
     /// Attributes can't be reached by an `O_PATH` descriptor, but by its path, which leads to a symlink itself.

@@ -3,6 +3,8 @@
 //! A file is read when its last change is closed, when a vector file's name appears, and by the walk. One reading of a
 //! file at a time; whoever finds the fingerprint unchanged does nothing.
 
+mod attached;
+
 use std::ffi::OsStr;
 use std::fs::File;
 use std::os::fd::BorrowedFd;
@@ -38,6 +40,8 @@ pub struct Ingest {
     /// Has somebody the file open for writing through the mount?
     being_written: Box<dyn Fn(FileId) -> bool + Send + Sync>,
     reading: Vec<Mutex<()>>,
+    /// Settings are read one at a time.
+    configuring: Mutex<()>,
     /// Until the walk after mounting is over, files may have names that the volume hasn't heard of.
     walked: AtomicBool,
     /// A file that was to be read was under none of its names: no answer is whole before the walk.
@@ -69,6 +73,7 @@ impl Ingest {
             strict,
             being_written,
             reading,
+            configuring: Mutex::new(()),
             walked: AtomicBool::new(false),
             lost: AtomicBool::new(false),
         }
@@ -101,6 +106,9 @@ impl Ingest {
 
     /// As [`Ingest::read`], by one of the paths that the volume knows.
     pub fn read_known(&self, file: FileId, when: When) {
+        if file.is_attached() {
+            return self.read_known_attached(file.holder());
+        }
         for path in self.volume.paths(file, FileId::ROOT) {
             match self.source.open(&path, file) {
                 Ok(opened) => {
@@ -125,8 +133,9 @@ impl Ingest {
     }
 
     fn read_unless_known(&self, file: FileId, opened: &File, when: When) -> Result<(), Refusal> {
-        let _one = self.reading[file.0 as usize % STRIPES].lock();
         let Some(link) = self.volume.links(file).into_iter().next() else { return Ok(()) };
+        // Settings have vector files read while they are held: those may have any stripe, and never settings.
+        let _one = if is_config(&link) { &self.configuring } else { &self.reading[file.0 as usize % STRIPES] }.lock();
         for _ in 0..ATTEMPTS {
             let before = fingerprint(&rustix::fs::fstat(opened).map_err(std::io::Error::from)?);
             match self.volume.content(file) {
@@ -216,7 +225,7 @@ impl Ingest {
 
     fn configure(&self, dir: FileId, config: Option<Config>) {
         for file in self.volume.configure(dir, config) {
-            let of_config = self.volume.links(file).first().is_some_and(is_config);
+            let of_config = !file.is_attached() && self.volume.links(file).first().is_some_and(is_config);
             if !of_config {
                 self.reread(file);
             }
@@ -247,17 +256,8 @@ impl Ingest {
     pub fn renamed(&self, file: FileId, from: &Link, to: &Link, replaced: Option<FileId>) {
         let was = is_interesting(OsStr::from_bytes(&from.name));
         let is = is_interesting(OsStr::from_bytes(&to.name));
-        match (was, is) {
-            (true, true) => self.volume.rename(file, from, to.clone(), replaced),
-            (true, false) => self.volume.unlink(file, from),
-            (false, true) => {
-                if let Some(replaced) = replaced {
-                    self.volume.unlink(replaced, to);
-                }
-                self.volume.link(file, to.clone());
-            }
-            (false, false) => {}
-        }
+        self.volume.rename(file, (from, was), (to.clone(), is), replaced);
+        self.refresh_attached(file);
         if is_config(from) && (from.parent != to.parent || !is_config(to)) {
             self.configure(from.parent, None);
         }
@@ -276,6 +276,13 @@ impl Ingest {
         }
     }
 
+    /// What is attached to a file may belong to another collection where the file is now.
+    fn refresh_attached(&self, file: FileId) {
+        if self.volume.has_attached(file) {
+            self.read_known(file.attached(), When::Now);
+        }
+    }
+
     /// Two files took each other's names.
     pub fn exchanged(&self, one: (FileId, &Link), other: (FileId, &Link)) {
         let vectors = |link: &Link| is_interesting(OsStr::from_bytes(&link.name)) && !is_config(link);
@@ -283,7 +290,15 @@ impl Ingest {
             self.volume.exchange(one, other);
             for (file, from, to) in [(one.0, one.1, other.1), (other.0, other.1, one.1)] {
                 self.refresh(file, from, to);
+                self.refresh_attached(file);
             }
+            return;
+        }
+        let plain = |link: &Link| !is_interesting(OsStr::from_bytes(&link.name));
+        if plain(one.1) && plain(other.1) {
+            self.volume.exchange(one, other);
+            self.refresh_attached(one.0);
+            self.refresh_attached(other.0);
             return;
         }
         // One of the names means nothing to the index, or settings: as two renames past each other.
@@ -345,6 +360,8 @@ pub enum When {
 pub enum Standing {
     /// It holds what was indexed, or is being written.
     Current,
+    /// It holds what was indexed, and other things of the file changed.
+    Aged,
     /// It changed beneath us: read it again.
     Changed,
     /// It isn't there under this name.

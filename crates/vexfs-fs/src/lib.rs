@@ -6,6 +6,7 @@
 
 mod access;
 mod control;
+mod embedding;
 pub mod errors;
 mod events;
 mod files;

@@ -224,7 +224,7 @@ pub(crate) fn store_options(source: &Arc<Source>, sync: SyncMode, memory: Option
         sync,
         root_inode: source.inode(),
         root_born: source.born(),
-        locate: Some(Arc::new(move |path| files.locate(path))),
+        locate: Some(Arc::new(move |path, attached| files.locate(path, attached))),
         threads: std::thread::available_parallelism().map_or(1, usize::from),
         memory,
         boot: boot_id(),

@@ -33,7 +33,7 @@ pub struct Node {
     /// On the root's file system, where numbers are the store's.
     pub native: bool,
     lookups: AtomicU64,
-    /// A directory's only name.
+    /// A directory's only name, or the name by which a file was last met.
     place: Mutex<Option<(u64, OsString)>>,
     /// One of its names is a vector file's.
     pub interesting: AtomicBool,
@@ -76,7 +76,7 @@ impl Nodes {
             id,
             fd,
             kind: FileType::from_raw_mode(stat.st_mode),
-            native: stat.st_dev == self.device,
+            native: stat.st_dev == self.device && id < SYNTHETIC,
             lookups: AtomicU64::new(0),
             place: Mutex::new(None),
             interesting: AtomicBool::new(false),
@@ -144,7 +144,7 @@ impl Nodes {
         }
     }
 
-    /// Where a directory is, as far as the kernel has been told.
+    /// Where a directory is, or a file under one of its names, as far as the kernel has been told.
     pub fn place(&self, dir: FileId) -> Option<(FileId, OsString)> {
         let node = self.known.read().get(&dir.0).cloned()?;
         let place = node.place.lock().clone()?;
@@ -168,9 +168,9 @@ impl Node {
         self.kind == FileType::Directory
     }
 
-    /// A directory is here now.
+    /// It is here now.
     pub fn settle(&self, (parent, name): (u64, &OsStr)) {
-        if self.is_dir() && self.id != FileId::ROOT.0 {
+        if matches!(self.kind, FileType::Directory | FileType::RegularFile) && self.id != FileId::ROOT.0 {
             let mut place = self.place.lock();
             if !place.as_ref().is_some_and(|(known, called)| *known == parent && called == name) {
                 *place = Some((parent, name.to_owned()));

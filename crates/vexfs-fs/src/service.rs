@@ -9,7 +9,7 @@ use vexfs_store::{Answer, Content, FileId, Hit, MAX_K, Query, Verdict};
 use crate::access::{Caller, Gate, Identity};
 use crate::errors::{Failure, name};
 use crate::ingest::{Ingest, Standing, When};
-use crate::wire::{ErrorLine, HitLine, Reply, Request};
+use crate::wire::{ATTACHED, ErrorLine, HitLine, Reply, Request};
 
 /// Hits where a request doesn't say how many.
 pub const DEFAULT_K: usize = 10;
@@ -133,12 +133,16 @@ impl Service<'_> {
                     outdated |= !walked && self.ingest.source.stat(&path).is_err();
                     return false;
                 };
-                let standing = self.ingest.standing(file, &found, known);
-                if standing == Standing::Changed {
+                let standing = match file.is_attached() {
+                    true => self.ingest.standing_attached(file, &path, &found, known),
+                    false => self.ingest.standing(file, &found, known),
+                };
+                if matches!(standing, Standing::Changed | Standing::Aged) {
                     stale.push(file);
                 }
-                outdated |= standing != Standing::Current;
-                standing == Standing::Current
+                let stands = matches!(standing, Standing::Current | Standing::Aged);
+                outdated |= !stands;
+                stands
             });
             // What changed beneath us is read again now; the answer already left it out.
             for file in stale {
@@ -148,12 +152,13 @@ impl Service<'_> {
                 return answer;
             }
             while !self.ingest.walked() && Instant::now() < deadline {
-                std::thread::sleep(WALK_STEP);
+                step_towards(deadline);
             }
         }
     }
 
-    /// The point that `path` or `path#row` names, if the caller may read it.
+    /// The point that `path`, `path#row` or `path#embedding` names, if the caller may read it. A path alone is the file's
+    /// first row or, where it holds none, what is attached to it.
     pub fn point(&self, scope: FileId, caller: Caller, like: &str) -> Result<(FileId, u32), Failure> {
         let (base, relative) = match like.strip_prefix('/') {
             Some(rest) => (Vec::new(), rest),
@@ -163,13 +168,14 @@ impl Service<'_> {
         let identity = self.access.identify(caller)?;
         // A name that the asker can't read is none: its `#` is taken for a row's.
         let (path, row) = match (self.access.readable(&identity, &whole), relative.rsplit_once('#')) {
+            (None, Some((file, ATTACHED))) => (join(&base, file.as_bytes()), Place::Attached),
             (None, Some((file, row))) => {
                 let row = row
                     .parse()
                     .map_err(|_| Failure::new(Errno::INVAL, format!("like: \"{row}\" is not a row number")))?;
-                (join(&base, file.as_bytes()), row)
+                (join(&base, file.as_bytes()), Place::Row(row))
             }
-            _ => (whole, 0),
+            _ => (whole, Place::Any),
         };
         let absent = |errno: Errno| Failure::new(errno, format!("like: {like}: {}", std::io::Error::from(errno)));
         if path.split(|byte| *byte == b'/').any(|part| part == b".." || part == crate::walk::RESERVED.as_bytes()) {
@@ -181,7 +187,15 @@ impl Service<'_> {
             return Err(absent(if there { Errno::ACCESS } else { Errno::NOENT }));
         };
         let file = self.ingest.source.id(&stat).ok_or_else(|| absent(Errno::NODATA))?;
-        Ok((file, row))
+        Ok(match row {
+            Place::Row(row) => (file, row),
+            Place::Attached => (file.attached(), 0),
+            Place::Any => {
+                let holds = matches!(self.ingest.volume.content(file), Some((_, Content::Indexed { .. })));
+                let attached = !holds && self.ingest.volume.has_attached(file);
+                (if attached { file.attached() } else { file }, 0)
+            }
+        })
     }
 
     fn vector(&self, file: FileId, row: u32, like: &str) -> Result<Vec<f32>, Failure> {
@@ -203,11 +217,23 @@ impl Service<'_> {
         loop {
             match self.ingest.volume.ready() {
                 Ok(()) => return Ok(()),
-                Err(_) if Instant::now() < deadline => std::thread::sleep(WALK_STEP),
+                Err(_) if Instant::now() < deadline => step_towards(deadline),
                 Err(error) => return Err(error.into()),
             }
         }
     }
+}
+
+/// Waits for a walk, not past the deadline.
+fn step_towards(deadline: Instant) {
+    std::thread::sleep(WALK_STEP.min(deadline.saturating_duration_since(Instant::now())));
+}
+
+/// Which of a file's vectors.
+enum Place {
+    Row(u32),
+    Attached,
+    Any,
 }
 
 /// Joins two relative paths.
@@ -224,7 +250,14 @@ fn hit_line(hit: Hit) -> HitLine {
         Ok(path) => (path, None),
         Err(error) => (String::from_utf8_lossy(error.as_bytes()).into_owned(), Some(error.into_bytes())),
     };
-    HitLine { path, path_bytes, row: hit.row, distance: hit.distance, score: hit.score }
+    HitLine {
+        path,
+        path_bytes,
+        row: hit.row,
+        attached: hit.file.is_attached(),
+        distance: hit.distance,
+        score: hit.score,
+    }
 }
 
 fn error_line(failure: &Failure) -> ErrorLine {

@@ -7,6 +7,8 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, openat, statat};
 use rustix::io::Errno;
 use vexfs_store::{FileId, Fingerprint, Located};
 
+use crate::embedding;
+
 /// The source's root.
 pub struct Source {
     root: OwnedFd,
@@ -37,8 +39,13 @@ impl Source {
         }
     }
 
-    /// What the store calls the file or directory at a path.
-    pub fn locate(&self, path: &[u8]) -> Option<Located> {
+    /// What the store calls the file or directory at a path, or the vector attached to it.
+    pub fn locate(&self, path: &[u8], attached: bool) -> Option<Located> {
+        if attached {
+            let (file, found) = self.at(path).ok()?;
+            let (stat, value) = embedding::read(found.as_fd()).ok()?;
+            return Some(Located { id: file.attached(), fingerprint: Some(value?.fingerprint(&stat)) });
+        }
         let stat = self.stat(path).ok()?;
         let id = self.id(&stat)?;
         match FileType::from_raw_mode(stat.st_mode) {
@@ -60,7 +67,7 @@ impl Source {
             (true, inode) if inode == self.inode => Some(FileId::ROOT),
             // The root's number at the mount; a file that has it below is served, not indexed.
             (true, 1) => None,
-            (true, inode) => Some(FileId(inode)),
+            (true, inode) => (inode <= FileId::MAX_FILE).then_some(FileId(inode)),
         }
     }
 
@@ -82,6 +89,17 @@ impl Source {
         let fd = openat(&self.root, path, flags, Mode::empty())?;
         match self.id(&rustix::fs::fstat(fd.as_fd())?) {
             Some(opened) if opened == file => Ok(File::from(fd)),
+            _ => Err(Errno::STALE),
+        }
+    }
+
+    /// A descriptor (`O_PATH`) of the regular file at `path`, and which file it is; ESTALE if it is something else.
+    pub fn at(&self, path: &[u8]) -> Result<(FileId, OwnedFd), Errno> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd = openat(&self.root, path, flags, Mode::empty())?;
+        let stat = rustix::fs::fstat(&fd)?;
+        match (FileType::from_raw_mode(stat.st_mode), self.id(&stat)) {
+            (FileType::RegularFile, Some(file)) => Ok((file, fd)),
             _ => Err(Errno::STALE),
         }
     }

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use vexfs_store::disk::DirDisk;
-use vexfs_store::{Checked, SyncMode, Volume};
+use vexfs_store::{Checked, FileId, Fingerprint, SyncMode, Volume};
 
 use crate::ingest::Ingest;
 use crate::mount::{MountError, directory, error, open_dir, store_options};
-use crate::source::{Source, fingerprint};
+use crate::source::Source;
 use crate::walk::{RESERVED, walk};
 
 /// What [`check`] found.
@@ -32,10 +32,10 @@ pub fn check(source: &Path, state: Option<&Path>, repair: bool) -> Result<Found,
     let (state, root, state_fd) = place(source, state)?;
     let store = vexfs_store::check(&DirDisk::new(state_fd), repair).map_err(|why| error(state.display(), why))?;
     let files = Source::new(root).map_err(|why| error(source.display(), why))?;
-    let as_read = |id, path: &[u8], known: &vexfs_store::Fingerprint| {
-        files.stat(path).is_ok_and(|stat| {
-            let now = fingerprint(&stat);
-            files.id(&stat) == Some(id) && (now.size, now.mtime) == (known.size, known.mtime)
+    let as_read = |id: FileId, path: &[u8], known: &Fingerprint| {
+        files.locate(path, id.is_attached()).is_some_and(|there| {
+            let same = |now: Fingerprint| (now.size, now.mtime) == (known.size, known.mtime);
+            there.id == id && there.fingerprint.is_some_and(same)
         })
     };
     let changed = store.files.iter().filter(|(id, paths, known)| !paths.iter().any(|path| as_read(*id, path, known)));
@@ -57,7 +57,7 @@ pub fn rebuild(source: &Path, state: Option<&Path>) -> Result<(u64, u64), MountE
     walk(&ingest, &AtomicBool::new(false));
     drop(ingest);
     volume.settle().map_err(|why| failed(&why))?;
-    let counts = volume.report(vexfs_store::FileId::ROOT).files;
+    let counts = volume.report(FileId::ROOT).files;
     if let Some(volume) = Arc::into_inner(volume) {
         volume.close().map_err(|why| failed(&why))?;
     }

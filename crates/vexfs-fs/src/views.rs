@@ -24,11 +24,12 @@ use crate::access::{Caller, Gate, Identity};
 use crate::control::obey;
 use crate::errors::{Failure, name};
 use crate::events::place;
+use crate::formats::Format;
 use crate::ingest::Ingest;
 use crate::nodes::{Nodes, VIRTUAL_BASE};
 use crate::service::{Service, join};
 use crate::walk::RESERVED;
-use crate::wire::Request;
+use crate::wire::{ATTACHED, Request};
 
 /// Longest request line, and most bytes of answers that wait to be read, of one open query file.
 const MAX_BUFFER: usize = 64 << 20;
@@ -229,7 +230,14 @@ impl Views {
         let ranked = hits.into_iter().enumerate().map(|(rank, hit)| {
             let file = hit.path.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
             let mut name = format!("{:0digits$}-{:.4}-", rank + 1, hit.score).into_bytes();
-            let row = if hit.row > 0 { format!("#{}", hit.row) } else { String::new() };
+            let row = match hit.row {
+                // Elsewhere there is nothing to mistake it for.
+                0 if hit.file.is_attached() && Format::of(OsStr::from_bytes(file)).is_some() => {
+                    format!("#{ATTACHED}")
+                }
+                0 => String::new(),
+                row => format!("#{row}"),
+            };
             // A name has 255 bytes; the link still leads to the file.
             let room = 255usize.saturating_sub(name.len() + row.len());
             name.extend_from_slice(&file[..file.len().min(room)]);
@@ -418,15 +426,10 @@ impl Views {
         if asked != STATUS {
             return None;
         }
-        Some(match self.ingest.volume.content(file) {
-            None => Err(Errno::NODATA),
-            Some((_, Content::Indexed { rows, .. })) => Ok(format!("indexed {rows}").into_bytes()),
-            Some((_, Content::Empty)) => Ok(b"empty".to_vec()),
-            Some((_, Content::Unread)) => Ok(b"unread".to_vec()),
-            Some((_, Content::Refused { errno, reason })) => {
-                Ok(format!("{}: {reason}", name(Errno::from_raw_os_error(errno))).into_bytes())
-            }
-        })
+        let state = |id| self.ingest.volume.content(id).map(|(_, content)| in_words(content));
+        let attached = state(file.attached()).map(|state| format!("attached: {state}"));
+        let states: Vec<String> = state(file).into_iter().chain(attached).collect();
+        Some(if states.is_empty() { Err(Errno::NODATA) } else { Ok(states.join("; ").into_bytes()) })
     }
 
     fn stats(&self, caller: Caller, scope: FileId) -> Result<Vec<u8>, Errno> {
@@ -461,6 +464,15 @@ impl Views {
 
 /// What `stats.json` tells of the store to those who are not the daemon's user.
 const TOLD_TO_ALL: [&str; 2] = ["errors", "sync"];
+
+fn in_words(content: Content) -> String {
+    match content {
+        Content::Indexed { rows, .. } => format!("indexed {rows}"),
+        Content::Empty => "empty".to_owned(),
+        Content::Unread => "unread".to_owned(),
+        Content::Refused { errno, reason } => format!("{}: {reason}", name(Errno::from_raw_os_error(errno))),
+    }
+}
 
 /// The computed attribute.
 pub const STATUS: &str = "user.vexfs.status";

@@ -5,6 +5,7 @@
 
 use std::collections::HashSet;
 use std::ffi::OsStr;
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -12,6 +13,7 @@ use rustix::fs::{AtFlags, Dir, FileType};
 use rustix::io::Errno;
 use vexfs_store::{FileId, Link};
 
+use crate::embedding;
 use crate::ingest::{CONFIG_NAME, Ingest, When, is_interesting};
 
 /// The name that every directory of the mount answers and none lists.
@@ -66,6 +68,7 @@ fn visit(ingest: &Ingest, folder: &Folder, seen: &mut HashSet<FileId>) -> Result
     let fd = ingest.source.open_dir(&folder.path)?;
     let parent = folder.chain.last().map_or(FileId::ROOT, |(dir, _)| *dir);
     let mut files = Vec::new();
+    let mut attached = Vec::new();
     let mut below = Vec::new();
     let mut entries = Dir::read_from(&fd)?;
     while let Some(entry) = entries.read() {
@@ -73,7 +76,17 @@ fn visit(ingest: &Ingest, folder: &Folder, seen: &mut HashSet<FileId>) -> Result
         let name = entry.file_name().to_bytes();
         let interesting = is_interesting(OsStr::from_bytes(name));
         let may_be_dir = matches!(entry.file_type(), FileType::Directory | FileType::Unknown);
-        if name == b"." || name == b".." || name == RESERVED.as_bytes() || !(interesting || may_be_dir) {
+        if name == b"." || name == b".." || name == RESERVED.as_bytes() {
+            continue;
+        }
+        let may_be_file = matches!(entry.file_type(), FileType::RegularFile | FileType::Unknown);
+        let has_attached = may_be_file
+            && embedding::is_there(fd.as_fd(), name).unwrap_or_else(|errno| {
+                let path = [&folder.path[..], b"/", name].concat();
+                log::warn!("attributes of /{}: {errno}", String::from_utf8_lossy(&path));
+                false
+            });
+        if !(interesting || may_be_dir || has_attached) {
             continue;
         }
         let stat = match rustix::fs::statat(&fd, name, AtFlags::SYMLINK_NOFOLLOW) {
@@ -84,7 +97,14 @@ fn visit(ingest: &Ingest, folder: &Folder, seen: &mut HashSet<FileId>) -> Result
         let Some(id) = ingest.source.id(&stat) else { continue };
         let link = Link { parent, name: name.to_vec() };
         match FileType::from_raw_mode(stat.st_mode) {
-            FileType::RegularFile if interesting => files.push((id, link)),
+            FileType::RegularFile => {
+                if has_attached {
+                    attached.push((id, link.clone()));
+                }
+                if interesting {
+                    files.push((id, link));
+                }
+            }
             FileType::Directory => {
                 let mut path = folder.path.clone();
                 if !path.is_empty() {
@@ -104,7 +124,8 @@ fn visit(ingest: &Ingest, folder: &Folder, seen: &mut HashSet<FileId>) -> Result
     });
     // Last in, first out: the first name is visited next.
     below.sort_by(|a, b| b.path.cmp(&a.path));
-    if !files.is_empty() {
+    attached.sort_by(|a, b| a.1.name.cmp(&b.1.name));
+    if !files.is_empty() || !attached.is_empty() {
         for (dir, link) in &folder.chain {
             ingest.volume.set_dir(*dir, link.clone());
         }
@@ -115,12 +136,22 @@ fn visit(ingest: &Ingest, folder: &Folder, seen: &mut HashSet<FileId>) -> Result
         ingest.read_known(file, When::Quiet);
         ingest.volume.scan_progress();
     }
+    for (file, link) in attached {
+        seen.insert(file.attached());
+        ingest.volume.attach(file, vec![link]);
+        ingest.read_known(file.attached(), When::Quiet);
+    }
     Ok(below)
 }
 
 /// Takes away names under which the file is no longer found.
 fn drop_stale_links(ingest: &Ingest, file: FileId, seen: bool) {
+    if file.is_attached() && !seen {
+        // The attribute may be gone and the file there.
+        return ingest.read_known(file, When::Quiet);
+    }
     let links = ingest.volume.links(file);
+    let file = file.holder();
     if seen && links.len() < 2 {
         return;
     }

@@ -3,6 +3,9 @@
 
 use serde::{Deserialize, Serialize};
 
+/// What follows a path's `#` where the attached vector is meant, not one in the file.
+pub const ATTACHED: &str = "embedding";
+
 /// A question. Exactly one of `vector` and `like` is given.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -10,7 +13,7 @@ pub struct Request {
     /// As many numbers as the collection's dimension.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vector: Option<Vec<f32>>,
-    /// A vector of the volume: `path` or `path#row`, relative to the directory asked in. It is no answer itself.
+    /// A vector of the volume: `path`, `path#row` or `path#embedding` (the attached one), relative to the directory asked in. It is no answer itself.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub like: Option<String>,
     /// Hits wanted; 10 unless said.
@@ -43,6 +46,9 @@ pub struct HitLine {
     pub path_bytes: Option<Vec<u8>>,
     /// Row of the file, from 0.
     pub row: u32,
+    /// It is the vector attached to the file, not one in it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub attached: bool,
     /// l2: Euclidean; cosine: 1 − cosine similarity; ip: minus the inner product.
     pub distance: f32,
     /// Larger is nearer. l2: 1 / (1 + distance); cosine: cosine similarity; ip: inner product.

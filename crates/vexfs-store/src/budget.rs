@@ -1,7 +1,8 @@
 //! How the memory that a volume may use is shared out.
 //!
 //! It covers what is kept: heads, what waits to be sealed, copies on huge pages. A build takes what it needs for the rows
-//! that it is of, a few times their bytes, and gives it back.
+//! that it is of, a few times their bytes, and gives it back: heads are sealed early enough, and merges are kept small
+//! enough, that this fits too. A single file that is larger than that, and compacting when asked, take what they take.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -16,6 +17,8 @@ pub struct Budget {
     pub head: usize,
     /// Bytes of a collection's vectors that may wait to be sealed, the head aside; past it who brings more waits.
     pub unsealed: usize,
+    /// Bytes of vectors that a merge may be of.
+    pub merge: u64,
     /// Bytes left for copies on huge pages.
     hot: AtomicU64,
 }
@@ -24,12 +27,19 @@ impl Budget {
     /// Of so many bytes; `None`: as much as is useful.
     pub fn new(bytes: Option<u64>) -> Budget {
         let Some(bytes) = bytes else {
-            return Budget { head: SEAL_BYTES, unsealed: 4 * SEAL_BYTES, hot: AtomicU64::new(u64::MAX) };
+            return Budget {
+                head: SEAL_BYTES,
+                unsealed: 4 * SEAL_BYTES,
+                merge: u64::MAX,
+                hot: AtomicU64::new(u64::MAX),
+            };
         };
         let eighth = usize::try_from(bytes / 8).unwrap_or(usize::MAX);
         // A point of a head takes its vector about twice: the row and its links.
         let head = (eighth / 2).clamp(1 << 16, SEAL_BYTES);
-        Budget { head, unsealed: eighth.min(4 * SEAL_BYTES), hot: AtomicU64::new(bytes / 2) }
+        // Four heads at least, or nothing would ever be merged.
+        let merge = (bytes / 8).max(4 * head as u64);
+        Budget { head, unsealed: eighth.min(4 * SEAL_BYTES), merge, hot: AtomicU64::new(bytes / 2) }
     }
 
     /// Copies to huge pages what walks of the segment read, if there is memory for it; otherwise it is served from the

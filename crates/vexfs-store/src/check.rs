@@ -237,7 +237,10 @@ fn look_at_files(
     let mut waiting = 0u64;
     let tree = Tree::new(rows.files.clone(), rows.dirs);
     for (id, row) in rows.files {
-        let place = format!("file {}", id.0);
+        let place = match id.is_attached() {
+            true => format!("what is attached to file {}", id.holder().0),
+            false => format!("file {}", id.0),
+        };
         let lost = |links: &[Link]| links.iter().any(|link| tree.ancestors(link.parent).is_empty());
         if row.links.is_empty() || lost(&row.links) {
             checked.error(&place, "it has no path to the root");

@@ -2,14 +2,13 @@
 
 use std::sync::Arc;
 
-use arc_swap::{ArcSwap, ArcSwapOption};
-use parking_lot::Mutex;
 use vexfs_index::{Mutable, Scratch};
 
 use crate::catalog::CollectionRow;
 use crate::id::CollectionId;
 use crate::part::{Part, Reading};
 use crate::schema::Schema;
+use crate::sync::{ArcSwap, ArcSwapOption, Mutex};
 
 /// Points in a head beyond which it is sealed.
 pub const SEAL_POINTS: usize = 50_000;

@@ -20,10 +20,15 @@ mod part;
 mod put;
 mod rekey;
 mod report;
+#[cfg(test)]
+#[cfg(feature = "schedules")]
+mod schedules;
 mod schema;
 mod search;
 pub mod segment;
+mod sync;
 #[cfg(test)]
+#[cfg(not(feature = "schedules"))]
 mod tests;
 mod tree;
 mod volume;

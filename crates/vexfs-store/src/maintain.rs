@@ -135,16 +135,24 @@ fn seal_loop(inner: &Inner) {
 }
 
 /// A head that is full makes room for a new one; it is searched on until its segment is there.
-fn freeze_full_head(inner: &Inner, collection: &Collection) {
+pub(crate) fn freeze_full_head(inner: &Inner, collection: &Collection) {
     if collection.head_is_full(inner.budget.head) {
-        freeze(inner, collection);
+        freeze_if(inner, collection, || collection.head_is_full(inner.budget.head));
     }
 }
 
 /// The head, whatever its size, makes room for a new one.
 pub(crate) fn freeze(inner: &Inner, collection: &Collection) {
+    freeze_if(inner, collection, || true);
+}
+
+/// `wanted` is asked while nobody appends to the head.
+fn freeze_if(inner: &Inner, collection: &Collection, wanted: impl FnOnce() -> bool) {
     let Some(schema) = collection.schema.load_full() else { return };
     let _appending = collection.append.lock();
+    if !wanted() {
+        return;
+    }
     let _writer = inner.writer.lock();
     let mut parts = Vec::clone(&collection.parts.load());
     parts.insert(0, new_head(&schema));
@@ -155,7 +163,7 @@ pub(crate) fn freeze(inner: &Inner, collection: &Collection) {
 fn step(inner: &Inner, collection: &Collection) -> io::Result<bool> {
     let _alone = inner.rewriting.lock();
     let parts = collection.parts.load_full();
-    let inputs = choose(parts.get(1..).unwrap_or_default());
+    let inputs = choose(parts.get(1..).unwrap_or_default(), inner.budget.merge);
     if inputs.is_empty() {
         return Ok(false);
     }
@@ -163,8 +171,8 @@ fn step(inner: &Inner, collection: &Collection) -> io::Result<bool> {
 }
 
 /// What to rewrite next of all but the head: what is no segment yet, each for itself; a segment that is half
-/// dead; the smallest size class that is full.
-fn choose(parts: &[Arc<Part>]) -> Vec<Arc<Part>> {
+/// dead; of the smallest size class that is full as many as make no more than `most` bytes of vectors.
+pub(crate) fn choose(parts: &[Arc<Part>], most: u64) -> Vec<Arc<Part>> {
     if let Some(part) = parts.iter().find(|part| part.as_segment().is_none()) {
         return vec![Arc::clone(part)];
     }
@@ -176,9 +184,21 @@ fn choose(parts: &[Arc<Part>]) -> Vec<Arc<Part>> {
     let mut classes: Vec<u32> = parts.iter().map(|part| class(part)).collect();
     classes.sort_unstable();
     classes.dedup();
+    let bytes = |part: &Arc<Part>| live(part) * part.index().space().row_bytes() as u64;
     classes
         .into_iter()
-        .map(|wanted| parts.iter().filter(|part| class(part) == wanted).cloned().collect::<Vec<_>>())
+        .map(|wanted| {
+            let mut members: Vec<Arc<Part>> = parts.iter().filter(|part| class(part) == wanted).cloned().collect();
+            members.sort_by_key(bytes);
+            let mut sum = 0;
+            let fit = members.iter().take_while(|part| {
+                sum += bytes(part);
+                sum <= most
+            });
+            let fit = fit.count();
+            members.truncate(fit);
+            members
+        })
         .find(|members| members.len() >= TIER)
         .unwrap_or_default()
 }

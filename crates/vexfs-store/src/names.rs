@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 
 use crate::catalog::Link;
 use crate::id::FileId;
+use crate::tree::Tree;
 use crate::volume::Volume;
 
 impl Volume {
@@ -34,64 +35,131 @@ impl Volume {
         self.inner.changed(&mut writer);
     }
 
-    /// A vector file has this name. True if the volume didn't know the file: it is to be read.
+    /// A vector file has this name. True if the volume didn't know the file: it is to be read. What is attached to it
+    /// has the name too.
     pub fn link(&self, file: FileId, link: Link) -> bool {
-        if let Some(row) = self.inner.tree.read().file(file)
-            && row.links.contains(&link)
         {
-            return false;
+            let tree = self.inner.tree.read();
+            let has = |id| tree.file(id).map(|row| row.links.contains(&link));
+            if has(file) == Some(true) && has(file.attached()) != Some(false) {
+                return false;
+            }
         }
         let mut writer = self.inner.writer.lock();
         let mut tree = self.inner.tree.write();
         let known = tree.file(file).is_some();
+        if tree.file(file.attached()).is_some() {
+            tree.add_link(file.attached(), link.clone());
+        }
         tree.add_link(file, link);
         self.inner.changed(&mut writer);
         !known
     }
 
-    /// A vector file's name is gone; with its last one its vectors are.
-    pub fn unlink(&self, file: FileId, link: &Link) {
-        if self.inner.tree.read().file(file).is_none() {
+    /// A file that has a vector attached, or is about to be told one by [`Volume::put`], has these names.
+    pub fn attach(&self, file: FileId, links: Vec<Link>) {
+        let attached = file.attached();
+        {
+            let tree = self.inner.tree.read();
+            if tree.file(attached).is_some_and(|row| links.iter().all(|link| row.links.contains(link))) {
+                return;
+            }
+        }
+        let mut writer = self.inner.writer.lock();
+        let mut tree = self.inner.tree.write();
+        // Names of the file that are known because they are a vector file's.
+        let held = tree.file(file).map(|row| row.links.clone()).unwrap_or_default();
+        for link in links.into_iter().chain(held) {
+            tree.add_link(attached, link);
+        }
+        self.inner.changed(&mut writer);
+    }
+
+    /// A file has no vector attached any more.
+    pub fn detach(&self, file: FileId) {
+        let attached = file.attached();
+        if self.inner.tree.read().file(attached).is_none() {
             return;
         }
         let mut writer = self.inner.writer.lock();
         let mut tree = self.inner.tree.write();
-        if tree.remove_link(file, link) {
-            tree.remove_file(file);
-            self.end_reading(file);
+        if tree.remove_file(attached).is_some() {
+            self.end_reading(attached);
         }
         self.inner.changed(&mut writer);
     }
 
-    /// A vector file goes by another name now, in one step for searches and for the catalog. `replaced` had that
-    /// name before.
-    pub fn rename(&self, file: FileId, from: &Link, to: Link, replaced: Option<FileId>) {
+    /// Has the file a vector attached?
+    pub fn has_attached(&self, file: FileId) -> bool {
+        let tree = self.inner.tree.read();
+        tree.any_attached() && tree.file(file.attached()).is_some()
+    }
+
+    /// Has any file a vector attached?
+    pub fn any_attached(&self) -> bool {
+        self.inner.tree.read().any_attached()
+    }
+
+    /// A file's name is gone; with its last one its vectors are, those that it holds and the one attached to it.
+    pub fn unlink(&self, file: FileId, link: &Link) {
+        {
+            let tree = self.inner.tree.read();
+            if tree.file(file).is_none() && tree.file(file.attached()).is_none() {
+                return;
+            }
+        }
         let mut writer = self.inner.writer.lock();
         let mut tree = self.inner.tree.write();
-        if let Some(replaced) = replaced.filter(|replaced| *replaced != file)
-            && tree.remove_link(replaced, &to)
-        {
-            tree.remove_file(replaced);
-            self.end_reading(replaced);
+        self.lose(&mut tree, file, link);
+        self.lose(&mut tree, file.attached(), link);
+        self.inner.changed(&mut writer);
+    }
+
+    /// A file goes by another name now, in one step for searches and for the catalog: with the vectors that it holds, as
+    /// far as the old and the new name are vector files', and with the one that is attached to it. `replaced` had the new
+    /// name before.
+    pub fn rename(&self, file: FileId, (from, was): (&Link, bool), (to, is): (Link, bool), replaced: Option<FileId>) {
+        let mut writer = self.inner.writer.lock();
+        let mut tree = self.inner.tree.write();
+        if let Some(replaced) = replaced.filter(|replaced| *replaced != file) {
+            self.lose(&mut tree, replaced, &to);
+            self.lose(&mut tree, replaced.attached(), &to);
         }
-        if tree.file(file).is_some() {
-            tree.add_link(file, to);
-            tree.remove_link(file, from);
+        if is && (!was || tree.file(file).is_some()) {
+            tree.add_link(file, to.clone());
+        }
+        if was {
+            self.lose(&mut tree, file, from);
+        }
+        let attached = file.attached();
+        if tree.file(attached).is_some() {
+            tree.add_link(attached, to);
+            tree.remove_link(attached, from);
         }
         self.inner.changed(&mut writer);
     }
 
-    /// Two names exchange their files.
+    /// Two names, both vector files' or neither, exchange their files.
     pub fn exchange(&self, one: (FileId, &Link), other: (FileId, &Link)) {
         let mut writer = self.inner.writer.lock();
         let mut tree = self.inner.tree.write();
         for ((file, from), to) in [(one, other.1), (other, one.1)] {
-            if tree.file(file).is_some() {
-                tree.add_link(file, to.clone());
-                tree.remove_link(file, from);
+            for id in [file, file.attached()] {
+                if tree.file(id).is_some() {
+                    tree.add_link(id, to.clone());
+                    tree.remove_link(id, from);
+                }
             }
         }
         self.inner.changed(&mut writer);
+    }
+
+    /// Takes a name away, and with the last one the row and its reading. Under the locks of writer and tree.
+    fn lose(&self, tree: &mut Tree, file: FileId, link: &Link) {
+        if tree.remove_link(file, link) {
+            tree.remove_file(file);
+            self.end_reading(file);
+        }
     }
 
     /// Ends a file's reading for searches from now on. Under the writer's lock.

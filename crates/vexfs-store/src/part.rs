@@ -5,14 +5,14 @@
 //! never both and never neither, and takes no lock for it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use parking_lot::{Mutex, RwLock};
 use vexfs_index::{Explorer, Filter, Flat, Index, Mutable, Slot};
 
 use crate::id::{FileId, Generation};
 use crate::segment::{Segment, SegmentError};
+use crate::sync::{AtomicU64, Mutex, RwLock};
 use crate::tree::Tree;
 
 /// The version of a reading that is not to be seen yet, or not to end yet.
@@ -222,9 +222,8 @@ impl Part {
 
     /// The slot of a row of a reading, if the part holds it.
     pub fn find(&self, wanted: &Arc<Reading>, row: u32) -> Option<Slot> {
-        let holds =
-            |slot: &Slot| self.resolve(*slot).is_some_and(|(reading, at)| at == row && Arc::ptr_eq(reading, wanted));
-        (0..self.index().len() as u32).map(Slot).find(holds)
+        let number = self.readings().position(|reading| Arc::ptr_eq(reading, wanted))? as u32;
+        (0..self.index().len() as u32).map(Slot).find(|slot| self.point(*slot) == Some((number, row)))
     }
 
     /// Every reading of the part, by number.

@@ -10,6 +10,7 @@ use crate::catalog::{CollectionRow, Content, Fingerprint};
 use crate::collection::{BULK_ROWS, Collection};
 use crate::error::PutError;
 use crate::id::{CollectionId, FileId, Generation};
+use crate::maintain;
 use crate::part::{Part, Reading};
 use crate::schema::Config;
 use crate::volume::{Inner, SyncMode, Volume, Writer};
@@ -24,9 +25,19 @@ pub struct Target {
 impl Volume {
     /// The collection that the file's vectors belong to; made, completed or inferred anew if need be.
     pub fn prepare(&self, file: FileId, dimension: usize, element: Element) -> Result<Target, PutError> {
+        let dir = self.inner.tree.read().file(file).and_then(|row| row.links.first().map(|link| link.parent));
+        self.prepare_in(dir.unwrap_or(FileId::ROOT), file, dimension, element)
+    }
+
+    /// As [`Volume::prepare`], for a file of this directory that need not be known yet.
+    pub fn prepare_in(
+        &self,
+        dir: FileId,
+        file: FileId,
+        dimension: usize,
+        element: Element,
+    ) -> Result<Target, PutError> {
         let inner = &*self.inner;
-        let dir = inner.tree.read().file(file).and_then(|row| row.links.first().map(|link| link.parent));
-        let dir = dir.unwrap_or(FileId::ROOT);
         let mut writer = inner.writer.lock();
         let collection = match inner.nearest(dir) {
             Some(collection) => collection,
@@ -72,6 +83,8 @@ impl Volume {
         let count = rows.len() / target.space.row_bytes();
         let count_u32 = u32::try_from(count)
             .map_err(|_| PutError::TooLarge(format!("{count} rows are more than a file may bring")))?;
+        // By the writer too, as the thread that seals may be at a build: a head is never much larger than it may be.
+        maintain::freeze_full_head(inner, collection);
         inner.wait_for_room(collection);
         let generation = {
             let mut writer = inner.writer.lock();

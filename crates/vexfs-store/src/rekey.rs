@@ -16,17 +16,17 @@ pub struct Located {
     pub fingerprint: Option<Fingerprint>,
 }
 
-/// Looks a path up; `None` where nothing is.
-pub type Locate = Arc<dyn Fn(&[u8]) -> Option<Located> + Send + Sync>;
+/// Looks a path up: what is there or, if `true` is asked, the vector attached to it. `None` where nothing is.
+pub type Locate = Arc<dyn Fn(&[u8], bool) -> Option<Located> + Send + Sync>;
 
 /// Gives files, directories and collections the numbers that they have now. What isn't there any more goes; what has
 /// another size or modification time is to be read. Segments know their rows by generation and need nothing.
-pub fn rekey(rows: &mut Rows, locate: &dyn Fn(&[u8]) -> Option<Located>) {
+pub fn rekey(rows: &mut Rows, locate: &dyn Fn(&[u8], bool) -> Option<Located>) {
     let files = std::mem::take(&mut rows.files);
     let tree = Tree::new(files.clone(), std::mem::take(&mut rows.dirs));
     let mut dirs: HashMap<FileId, FileId> = HashMap::from([(FileId::ROOT, FileId::ROOT)]);
     for (dir, _) in tree.dirs() {
-        let now = tree.dir_path(dir, FileId::ROOT).and_then(|path| locate(&path));
+        let now = tree.dir_path(dir, FileId::ROOT).and_then(|path| locate(&path, false));
         if let Some(Located { id, fingerprint: None }) = now {
             dirs.insert(dir, id);
         }
@@ -37,7 +37,9 @@ pub fn rekey(rows: &mut Rows, locate: &dyn Fn(&[u8]) -> Option<Located>) {
     for (file, row) in files {
         // Names in the order of the row, each with what it leads to.
         for (link, path) in row.links.iter().zip(tree.paths(file, FileId::ROOT)) {
-            let Some((Located { id, fingerprint: Some(fingerprint) }, link)) = locate(&path).zip(moved(link)) else {
+            let Some((Located { id, fingerprint: Some(fingerprint) }, link)) =
+                locate(&path, file.is_attached()).zip(moved(link))
+            else {
                 continue;
             };
             let same = (fingerprint.size, fingerprint.mtime) == (row.fingerprint.size, row.fingerprint.mtime);

@@ -56,6 +56,8 @@ pub struct FileCounts {
     pub unread: u64,
     /// Kept, not indexed; see `errors`.
     pub refused: u64,
+    /// Vectors attached to files; they count nowhere above.
+    pub attached: u64,
 }
 
 /// A collection.
@@ -112,6 +114,7 @@ impl Volume {
                 continue;
             }
             match &row.content {
+                Content::Indexed { .. } if file.is_attached() => files.attached += 1,
                 Content::Indexed { .. } => files.indexed += 1,
                 Content::Empty => files.empty += 1,
                 Content::Unread => files.unread += 1,

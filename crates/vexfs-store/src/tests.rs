@@ -197,11 +197,11 @@ fn a_copied_volume_answers_as_before_where_its_files_are_the_same() {
     put_bulk(&volume, 10, "bulk.npy", 1);
     put_bulk(&volume, 11, "other.npy", 2);
     put_bulk(&volume, 12, "changed.npy", 3);
-    volume.rename(FileId(11), &link("other.npy"), below("other.npy"), None);
+    volume.rename(FileId(11), (&link("other.npy"), true), (below("other.npy"), true), None);
     volume.scan_finished();
     volume.close().unwrap();
     let print = print(BULK_ROWS as u64);
-    let locate = move |path: &[u8]| match path {
+    let locate = move |path: &[u8], _attached: bool| match path {
         b"sub" => Some(Located { id: FileId(12), fingerprint: None }),
         b"bulk.npy" => Some(Located { id: FileId(11), fingerprint: Some(print) }),
         b"sub/other.npy" => Some(Located { id: FileId(10), fingerprint: Some(print) }),
@@ -374,6 +374,37 @@ fn who_brings_more_than_can_be_sealed_waits_and_nothing_is_dropped() {
     }
 }
 
+/// A build takes a few times the bytes of its rows: with a small budget neither heads nor merges may be large. Heads
+/// once grew as long as a build went on, whatever the budget.
+#[test]
+fn under_a_small_budget_heads_and_merges_stay_small() {
+    let few = Options { memory: Some(1 << 20), ..options(SyncMode::Lazy) };
+    let (volume, _) = Volume::open(Arc::new(MemDisk::default()), few).unwrap();
+    for n in 0..24 {
+        let numbers = bulk(n);
+        let rows: Vec<&[f32]> = numbers.chunks_exact(4).take(2_048).collect();
+        put(&volume, 10 + n, &format!("{n}.npy"), &rows);
+    }
+    let inner = &volume.inner;
+    let collection = inner.collections.read().values().next().cloned().unwrap();
+    let idle = || {
+        let parts = collection.parts.load_full();
+        (!collection.head_is_full(inner.budget.head) && maintain::choose(&parts[1..], inner.budget.merge).is_empty())
+            .then_some(parts)
+    };
+    let parts = loop {
+        match idle() {
+            Some(parts) => break parts,
+            None => std::thread::sleep(std::time::Duration::from_millis(5)),
+        }
+    };
+    let bytes: Vec<u64> = parts.iter().map(|part| part.live_points() * 16).collect();
+    assert_eq!(bytes.iter().sum::<u64>(), 24 * 2_048 * 16);
+    assert!(bytes.iter().all(|bytes| *bytes <= inner.budget.merge), "{bytes:?}");
+    assert!(bytes.iter().any(|bytes| *bytes >= inner.budget.head as u64 * 4), "some were merged: {bytes:?}");
+    assert_eq!(near(&volume, &bulk(23)[..4], 1), ["23.npy"]);
+}
+
 #[test]
 fn a_search_whose_looks_at_files_take_too_long_stops_at_its_deadline() {
     let disk = MemDisk::default();
@@ -412,12 +443,12 @@ fn history(volume: &Volume, durable: &mut dyn FnMut(&[&str])) -> Result<(), Comm
     put(volume, 1_002, "b.vec", &[&[0.0, 1.0, 0.0, 0.0]]);
     volume.commit()?;
     durable(&["a.vec", "b.vec"]);
-    volume.rename(FileId(1_002), &link("b.vec"), link("c.vec"), None);
+    volume.rename(FileId(1_002), (&link("b.vec"), true), (link("c.vec"), true), None);
     volume.unlink(FileId(1_001), &link("a.vec"));
     volume.commit()?;
     durable(&["c.vec"]);
     put(volume, 1_003, "d.vec", &[&[0.0, 0.0, 1.0, 0.0]]);
-    volume.rename(FileId(1_003), &link("d.vec"), link("c.vec"), Some(FileId(1_002)));
+    volume.rename(FileId(1_003), (&link("d.vec"), true), (link("c.vec"), true), Some(FileId(1_002)));
     volume.commit()?;
     durable(&["c.vec"]);
     Ok(())

@@ -16,6 +16,8 @@ const MAX_DEPTH: usize = 4096;
 pub struct Tree {
     files: HashMap<FileId, FileRow>,
     dirs: HashMap<FileId, Link>,
+    /// Rows of attached vectors.
+    attached: usize,
     /// Changes of names since open, so that a cached scope can be told stale.
     epoch: u64,
     pub(crate) dirty_files: BTreeSet<FileId>,
@@ -25,7 +27,8 @@ pub struct Tree {
 impl Tree {
     /// From the catalog's rows.
     pub fn new(files: Vec<(FileId, FileRow)>, dirs: Vec<(FileId, Link)>) -> Tree {
-        Tree { files: files.into_iter().collect(), dirs: dirs.into_iter().collect(), ..Tree::default() }
+        let attached = files.iter().filter(|(file, _)| file.is_attached()).count();
+        Tree { files: files.into_iter().collect(), dirs: dirs.into_iter().collect(), attached, ..Tree::default() }
     }
 
     /// A file's row.
@@ -38,6 +41,11 @@ impl Tree {
         let row = self.files.get_mut(&file)?;
         self.dirty_files.insert(file);
         Some(row)
+    }
+
+    /// Has any file a vector attached?
+    pub fn any_attached(&self) -> bool {
+        self.attached > 0
     }
 
     /// All files.
@@ -86,10 +94,10 @@ impl Tree {
 
     /// Adds a name of a file, whose row is made if it isn't known yet. True if the name is news.
     pub fn add_link(&mut self, file: FileId, link: Link) -> bool {
-        let row = self.files.entry(file).or_insert_with(|| FileRow {
-            links: Vec::new(),
-            fingerprint: Fingerprint::default(),
-            content: Content::Unread,
+        let attached = &mut self.attached;
+        let row = self.files.entry(file).or_insert_with(|| {
+            *attached += usize::from(file.is_attached());
+            FileRow { links: Vec::new(), fingerprint: Fingerprint::default(), content: Content::Unread }
         });
         if row.links.contains(&link) {
             return false;
@@ -119,6 +127,7 @@ impl Tree {
     /// Takes a file's row away.
     pub fn remove_file(&mut self, file: FileId) -> Option<FileRow> {
         let row = self.files.remove(&file)?;
+        self.attached -= usize::from(file.is_attached());
         self.dirty_files.insert(file);
         self.epoch += 1;
         Some(row)

@@ -5,10 +5,9 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::thread::JoinHandle;
 
-use parking_lot::{Condvar, Mutex, RwLock};
 use serde::{Deserialize, Serialize};
 use vexfs_index::Scratch;
 
@@ -24,6 +23,7 @@ use crate::part::{Part, Reading};
 use crate::rekey::{Locate, rekey};
 use crate::schema::Schema;
 use crate::segment::{Segment, SegmentError};
+use crate::sync::{AtomicU64, Condvar, Mutex, RwLock, yield_now};
 use crate::tree::Tree;
 
 /// When a new point is linked into its graph. Both ways it is found as soon as `close(2)` returned.
@@ -229,7 +229,7 @@ fn load(
         tree.dirty_files.extend(rows.files.iter().map(|(id, _)| *id));
         tree.dirty_dirs.extend(rows.dirs.iter().map(|(id, _)| *id));
         dirty_collections.extend(rows.collections.iter().map(|(id, _)| *id));
-        let locate = options.locate.clone().unwrap_or_else(|| Arc::new(|_: &[u8]| None));
+        let locate = options.locate.clone().unwrap_or_else(|| Arc::new(|_: &[u8], _| None));
         rekey(&mut rows, &*locate);
         tree.dirty_files.extend(rows.files.iter().map(|(id, _)| *id));
         tree.dirty_dirs.extend(rows.dirs.iter().map(|(id, _)| *id));
@@ -544,7 +544,7 @@ impl Inner {
             if before.is_multiple_of(2) && self.exchange.load(Ordering::Acquire) == before {
                 return (version, parts);
             }
-            std::thread::yield_now();
+            yield_now();
         }
     }
 

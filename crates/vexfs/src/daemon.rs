@@ -32,8 +32,8 @@ pub struct MountArgs {
     /// Where the index is kept [default: SOURCE/.vexfs].
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
-    /// Memory that the index may keep, such as 64M or 2G: heads, what waits to be sealed, copies for faster searches. A
-    /// build takes more while it lasts [default: what is useful].
+    /// Memory that the index may keep, such as 64M or 2G: heads, what waits to be sealed, copies for faster searches,
+    /// merges. A single larger file takes more while it is built, and names are not counted [default: what is useful].
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     memory: Option<u64>,
     /// close(2) and fsync(2) of a file that can't be indexed fail.

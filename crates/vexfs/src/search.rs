@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use vexfs_fs::formats::{Format, Source};
-use vexfs_fs::wire::{HitLine, Reply, Request};
+use vexfs_fs::wire::{ATTACHED, HitLine, Reply, Request};
 
 use crate::mounts;
 
@@ -127,7 +127,12 @@ fn split_row(path: &Path) -> Result<(PathBuf, Option<usize>), String> {
 
 /// The path from the volume's root, with a leading slash, as the query file wants it.
 fn like_in_volume(path: &Path) -> Result<String, String> {
-    let (file, row) = split_row(path)?;
+    let (file, row) = match path.as_os_str().as_bytes().strip_suffix(format!("#{ATTACHED}").as_bytes()) {
+        Some(file) if path.symlink_metadata().is_err() => {
+            (PathBuf::from(OsStr::from_bytes(file)), Some(ATTACHED.to_owned()))
+        }
+        _ => split_row(path).map(|(file, row)| (file, row.map(|row| row.to_string())))?,
+    };
     let canonical = file.canonicalize().map_err(|error| format!("{}: {error}", file.display()))?;
     let volume = mounts::containing(&canonical)?
         .ok_or_else(|| format!("{} is in no mounted VexFS volume; --vector-file takes any file", file.display()))?;
@@ -177,6 +182,7 @@ fn print(args: &SearchArgs, reply: &Reply) -> std::io::Result<()> {
 /// The path, with the row where it isn't the first.
 fn place(hit: &HitLine) -> String {
     match hit.row {
+        0 if hit.attached && Format::of(OsStr::new(&hit.path)).is_some() => format!("{}#{ATTACHED}", hit.path),
         0 => hit.path.clone(),
         row => format!("{}#{row}", hit.path),
     }

@@ -8,6 +8,8 @@ mod npy;
 mod tests;
 mod text;
 
+pub use text::parse as parse_text;
+
 use std::ffi::OsStr;
 use std::fs::File;
 use std::os::unix::ffi::OsStrExt;

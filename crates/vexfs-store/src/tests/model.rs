@@ -22,7 +22,7 @@ const NAMES: [&str; 8] = ["a", "b", "c", "d", "e", "f", "g", "h"];
 /// Returns the step in words, and the world: a remount makes another one.
 fn step(mut world: World, random: &mut Random) -> (String, World) {
     let (one, other) = (NAMES[random.below(8)], NAMES[random.below(8)]);
-    let op = random.below(20);
+    let op = random.below(23);
     match op {
         0..=3 => world.create(one, 1 + random.below(3)),
         4 | 5 => world.overwrite(one),
@@ -36,6 +36,8 @@ fn step(mut world: World, random: &mut Random) -> (String, World) {
         16 => world.seal().unwrap(),
         17 => world.merge().unwrap(),
         18 => world.volume.commit().unwrap(),
+        19 | 20 => world.attach(one),
+        21 => world.detach(one),
         _ => {
             let kill = random.below(2) == 0;
             let World { source, volume, disk, .. } = world;

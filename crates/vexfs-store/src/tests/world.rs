@@ -18,10 +18,11 @@ pub fn vector(n: u32) -> [f32; DIM] {
     [bits(0), bits(8), bits(16), bits(24) + 5.0]
 }
 
-/// A file's bytes are the numbers of its vectors.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-struct Bytes {
+/// A file's bytes are the numbers of its vectors; one more vector may be attached.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Bytes {
     rows: Vec<u32>,
+    attached: Option<u32>,
     mtime: i128,
     ctime: i128,
 }
@@ -29,6 +30,21 @@ struct Bytes {
 impl Bytes {
     fn fingerprint(&self) -> Fingerprint {
         Fingerprint { size: self.rows.len() as u64, mtime: self.mtime, ctime: self.ctime }
+    }
+
+    /// Of what is attached: what it is, and the file's change time.
+    fn fingerprint_attached(&self) -> Option<Fingerprint> {
+        self.attached.map(|n| Fingerprint { size: 4, mtime: i128::from(n), ctime: self.ctime })
+    }
+
+    /// The vector that lies there.
+    fn row(&self, row: u32) -> Option<u32> {
+        if row == ATTACHED { self.attached } else { self.rows.get(row as usize).copied() }
+    }
+
+    /// Every place where a vector lies.
+    pub fn places(&self) -> impl Iterator<Item = u32> {
+        (0..self.rows.len() as u32).chain(self.attached.map(|_| ATTACHED))
     }
 }
 
@@ -87,7 +103,7 @@ impl Source {
     }
 
     /// Synced name to synced vectors, where nothing newer waits.
-    pub fn settled(&self) -> BTreeMap<String, Vec<u32>> {
+    pub fn settled(&self) -> BTreeMap<String, Bytes> {
         let touched: BTreeSet<&String> = self
             .waiting
             .iter()
@@ -96,10 +112,11 @@ impl Source {
                 NameChange::Rename(from, to) => vec![from, to],
             })
             .collect();
-        let synced = |inode: &Inode| inode.live.rows == inode.durable.rows;
+        let held = |bytes: &Bytes| (bytes.rows.clone(), bytes.attached);
+        let synced = |inode: &Inode| held(&inode.live) == held(&inode.durable);
         let names =
             self.durable_names.iter().filter(|(name, inode)| !touched.contains(name) && synced(&self.inodes[inode]));
-        names.map(|(name, inode)| (name.clone(), self.inodes[inode].live.rows.clone())).collect()
+        names.map(|(name, inode)| (name.clone(), self.inodes[inode].live.clone())).collect()
     }
 
     /// What a crash now leaves.
@@ -150,7 +167,10 @@ pub struct World {
     next: u32,
 }
 
-/// A vector that was found: path, row, which vector lies there in the file.
+/// In place of a row, what is attached.
+pub const ATTACHED: u32 = u32::MAX;
+
+/// A vector that was found: path and row.
 pub type Found = BTreeSet<(String, u32)>;
 
 impl World {
@@ -192,15 +212,36 @@ impl World {
         self.volume.put(file, now, &target, bytes).unwrap();
     }
 
+    /// Reads what is attached to a file, if it is another vector than the last one.
+    fn read_attached(&mut self, file: FileId) {
+        let Some(inode) = self.source.inodes.get(&(file.0 - 100)) else { return };
+        let attached = file.attached();
+        let (Some(n), Some(now)) = (inode.live.attached, inode.live.fingerprint_attached()) else {
+            return self.volume.detach(file);
+        };
+        match self.volume.content(attached) {
+            Some((known, Content::Indexed { .. })) if (known.size, known.mtime) == (now.size, now.mtime) => {
+                self.volume.touch(attached, now);
+                return;
+            }
+            None => return,
+            Some(_) => {}
+        }
+        let target = self.volume.prepare(attached, DIM, Element::F32).unwrap();
+        let mut bytes = Vec::new();
+        target.space.encode(&vector(n), &mut bytes).unwrap();
+        self.volume.put(attached, now, &target, bytes).unwrap();
+    }
+
     fn read_known(&mut self, file: FileId) {
         for path in self.volume.paths(file, FileId::ROOT) {
             let path = String::from_utf8(path).unwrap();
-            if self.at(&path).is_some_and(|(there, _)| there == file) {
-                return self.read(file);
+            if self.at(&path).is_some_and(|(there, _)| there == file.holder()) {
+                return if file.is_attached() { self.read_attached(file.holder()) } else { self.read(file) };
             }
         }
         for link in self.volume.links(file) {
-            self.volume.unlink(file, &link);
+            self.volume.unlink(file.holder(), &link);
         }
     }
 
@@ -213,11 +254,19 @@ impl World {
             self.volume.link(file, link(&name));
             self.read(file);
             seen.insert((file, link(&name)));
+            if self.source.inodes[&(file.0 - 100)].live.attached.is_some() {
+                self.volume.attach(file, vec![link(&name)]);
+                self.read_attached(file);
+                seen.insert((file.attached(), link(&name)));
+            }
         }
         for file in self.volume.known_files() {
+            if file.is_attached() && !seen.iter().any(|(known, _)| *known == file) {
+                self.read_known(file);
+            }
             for link in self.volume.links(file) {
                 if !seen.contains(&(file, link.clone())) {
-                    self.volume.unlink(file, &link);
+                    self.volume.unlink(file.holder(), &link);
                 }
             }
         }
@@ -241,7 +290,8 @@ impl World {
 
     fn write(&mut self, inode: u64, rows: Vec<u32>) {
         let now = self.now();
-        self.source.inodes.entry(inode).or_default().live = Bytes { rows, mtime: now, ctime: now };
+        let live = &mut self.source.inodes.entry(inode).or_default().live;
+        *live = Bytes { rows, mtime: now, ctime: now, ..*live };
         self.read(World::id(inode));
     }
 
@@ -273,6 +323,23 @@ impl World {
         self.write(inode, rows);
     }
 
+    /// Another vector is attached to the file.
+    pub fn attach(&mut self, name: &str) {
+        let Some(inode) = self.source.names.get(name).copied() else { return };
+        let n = self.fresh();
+        self.touch(inode);
+        self.source.inodes.entry(inode).or_default().live.attached = Some(n);
+        self.volume.attach(World::id(inode), vec![link(name)]);
+        self.read_attached(World::id(inode));
+    }
+
+    pub fn detach(&mut self, name: &str) {
+        let Some(inode) = self.source.names.get(name).copied() else { return };
+        self.touch(inode);
+        self.source.inodes.entry(inode).or_default().live.attached = None;
+        self.volume.detach(World::id(inode));
+    }
+
     fn touch(&mut self, inode: u64) {
         let now = self.now();
         if let Some(found) = self.source.inodes.get_mut(&inode) {
@@ -295,11 +362,12 @@ impl World {
         }
         self.source.change(NameChange::Rename(from.to_owned(), to.to_owned()));
         self.touch(inode);
-        self.volume.rename(World::id(inode), &link(from), link(to), replaced.map(World::id));
+        self.volume.rename(World::id(inode), (&link(from), true), (link(to), true), replaced.map(World::id));
         let print = self.source.inodes[&inode].live.fingerprint();
         if !self.volume.touch(World::id(inode), print) {
             self.read_known(World::id(inode));
         }
+        self.read_attached(World::id(inode));
         if let Some(replaced) = replaced {
             self.touch(replaced);
             self.forget_if_unlinked(replaced);
@@ -322,6 +390,7 @@ impl World {
             if !self.volume.touch(World::id(inode), print) {
                 self.read_known(World::id(inode));
             }
+            self.read_attached(World::id(inode));
         }
     }
 
@@ -415,16 +484,21 @@ impl World {
         };
         let mut verdict = |file: FileId, path: &[u8], known: &Fingerprint| {
             let path = std::str::from_utf8(path).unwrap();
-            self.at(path)
-                .is_some_and(|(there, now)| there == file && (now.size, now.mtime) == (known.size, known.mtime))
+            let Some((there, now)) = self.at(path).filter(|(there, _)| *there == file.holder()) else { return false };
+            let now = match file.is_attached() {
+                true => self.source.inodes[&(there.0 - 100)].live.fingerprint_attached(),
+                false => Some(now),
+            };
+            now.is_some_and(|now| (now.size, now.mtime) == (known.size, known.mtime))
         };
         let answer = self.volume.search(&query, &mut verdict).map_err(|error| error.to_string())?;
         let mut found = Found::new();
         for hit in answer.hits {
             let path = String::from_utf8(hit.path).unwrap();
             let inode = self.source.names[&path];
-            let Some(n) = self.source.inodes[&inode].live.rows.get(hit.row as usize).copied() else {
-                return Err(format!("{path} has no row {}", hit.row));
+            let row = if hit.file.is_attached() { ATTACHED } else { hit.row };
+            let Some(n) = self.source.inodes[&inode].live.row(row) else {
+                return Err(format!("{path} has no row {row}"));
             };
             // The vector that was found is the one that lies there.
             let mut bytes = Vec::new();
@@ -433,9 +507,9 @@ impl World {
             let mut expected = Vec::new();
             space.decode(&bytes, &mut expected);
             if self.volume.vector(hit.file, hit.row).as_deref() != Some(&expected[..]) {
-                return Err(format!("{path} row {} is not what its file holds", hit.row));
+                return Err(format!("{path} row {row} is not what its file holds"));
             }
-            found.insert((path, hit.row));
+            found.insert((path, row));
         }
         Ok(found)
     }
@@ -462,8 +536,8 @@ impl World {
         by_inode
             .into_iter()
             .flat_map(|(inode, names)| {
-                let rows = self.source.inodes[&inode].live.rows.len() as u32;
-                (0..rows).map(move |row| names.iter().map(|name| (name.clone(), row)).collect())
+                let places: Vec<u32> = self.source.inodes[&inode].live.places().collect();
+                places.into_iter().map(move |row| names.iter().map(|name| (name.clone(), row)).collect())
             })
             .collect()
     }

@@ -33,6 +33,8 @@ fn read_base(path: &Path, metric: Metric, rows: Option<usize>) -> Result<Rows, S
     let space = Space::new(shape.dimension, metric, shape.element).map_err(|error| error.to_string())?;
     let mut bytes = source.encode(&space).map_err(|refusal| format!("{}: {}", path.display(), refusal.reason))?;
     bytes.truncate(rows.unwrap_or(usize::MAX).saturating_mul(space.row_bytes()));
+    // Memory is measured too.
+    bytes.shrink_to_fit();
     Ok(Rows { bytes, space })
 }
 

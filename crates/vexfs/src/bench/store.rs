@@ -2,12 +2,12 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use serde_json::json;
-use vexfs_fs::index::{Effort, Metric, Mutable, Params, Scratch, build};
+use vexfs_fs::index::{Effort, Element, Metric, Mutable, Params, Scratch, Space, build};
 use vexfs_fs::store::disk::DirDisk;
 use vexfs_fs::store::{FileId, Fingerprint, Link, Options, Query, SyncMode, Volume};
 
@@ -34,6 +34,12 @@ pub struct StoreArgs {
     /// How often the base is taken, one copy after another: for a store that is larger than the base.
     #[arg(long, default_value_t = 1)]
     copies: usize,
+    /// What the rows are stored as, where it isn't the base's own type.
+    #[arg(long)]
+    element: Option<Element>,
+    /// How long `open` loads the store with searches from all cores.
+    #[arg(long, default_value_t = 5.0)]
+    seconds: f64,
     /// As `vexfs mount --memory`.
     #[arg(long, value_name = "BYTES", value_parser = crate::daemon::bytes)]
     memory: Option<u64>,
@@ -48,7 +54,8 @@ enum What {
     Immediate,
     /// All rows as one file, until they are linked; beside the build in process.
     Bulk,
-    /// From the process's start to the first answer, of a store that `bulk` left.
+    /// From opening to the first answer, of a store that `bulk` left; then a load of searches, the most anonymous memory
+    /// meanwhile, and the recall.
     Open,
     /// Ten rounds of replacing half of the points, a hundred rows a file.
     Churn,
@@ -105,23 +112,39 @@ fn query(base: &Rows, row: usize, k: usize, exact: bool) -> Query {
     }
 }
 
+fn read_rows(args: &StoreArgs, rows: Option<usize>) -> Result<Rows, String> {
+    let base = read_base(&args.base, args.metric, rows)?;
+    let Some(element) = args.element.filter(|element| *element != base.space.element()) else { return Ok(base) };
+    let space = Space::new(base.space.dim(), args.metric, element).map_err(|error| error.to_string())?;
+    let (mut bytes, mut row) = (Vec::new(), Vec::new());
+    for from in base.bytes.chunks_exact(base.space.row_bytes()) {
+        base.space.decode(from, &mut row);
+        space.encode(&row, &mut bytes).map_err(|error| error.to_string())?;
+    }
+    Ok(Rows { bytes, space })
+}
+
 /// Measures and prints a line of JSON.
 pub fn store(args: &StoreArgs) -> Result<(), String> {
-    let began = Instant::now();
     if matches!(args.what, What::Open) {
-        return first_answer(args, began);
+        println!("{}", first_answer(args)?);
+        return Ok(());
     }
-    let mut base = read_base(&args.base, args.metric, args.rows)?;
+    let mut base = read_rows(args, args.rows)?;
     base.bytes = base.bytes.repeat(args.copies);
     let sync = if matches!(args.what, What::Immediate) { SyncMode::Immediate } else { SyncMode::Lazy };
     let volume = open(&args.dir, sync, args.memory)?;
     config(&volume, &base);
-    let line = match args.what {
-        What::Lazy | What::Immediate => inserts(&volume, &base, args.what)?,
-        What::Bulk => bulk(&volume, &base)?,
-        What::Churn => churn(&volume, &base, &args.dir)?,
-        What::Open => return Ok(()),
-    };
+    let before = anonymous()?;
+    let (line, most) = watched(|| match args.what {
+        What::Lazy | What::Immediate => inserts(&volume, &base, args.what),
+        What::Bulk => bulk(&volume, &base),
+        What::Churn => churn(&volume, &base, &args.dir),
+        What::Open => first_answer(args),
+    })?;
+    let mut line = line?;
+    // Beside the base that is held here.
+    line["most_anonymous_mb"] = json!(most.saturating_sub(before) as f64 * 1024.0 / 1e6);
     println!("{line}");
     volume.close().map_err(|error| error.to_string())
 }
@@ -183,36 +206,114 @@ fn bulk(volume: &Volume, base: &Rows) -> Result<serde_json::Value, String> {
     }))
 }
 
-fn first_answer(args: &StoreArgs, began: Instant) -> Result<(), String> {
-    // One row is enough to ask with.
-    let base = read_base(&args.base, args.metric, Some(1))?;
-    let query = query(&base, 0, 10, false);
-    let read = began.elapsed().as_secs_f64();
+fn first_answer(args: &StoreArgs) -> Result<serde_json::Value, String> {
+    // What is asked with is all that is kept of the base: memory is measured.
+    let queries: Vec<Query> = {
+        let base = read_rows(args, args.rows)?;
+        let count = base.bytes.len() / base.space.row_bytes();
+        (0..QUERIES).map(|n| query(&base, n * count / QUERIES, 10, false)).collect()
+    };
+    let began = Instant::now();
     let volume = open(&args.dir, SyncMode::Lazy, args.memory)?;
     let opened = began.elapsed().as_secs_f64();
-    let answer = volume.search(&query, &mut |_, _, _| true).map_err(|error| error.to_string())?;
+    let answer = volume.search(&queries[0], &mut |_, _, _| true).map_err(|error| error.to_string())?;
     let answered = began.elapsed().as_secs_f64();
-    // What is behind has its time, then searches from all over.
-    std::thread::sleep(std::time::Duration::from_secs(3));
-    let all = read_base(&args.base, args.metric, Some(100_000))?;
-    let recall = recall(&volume, &all, all.bytes.len() / all.space.row_bytes())?;
-    drop(all);
-    let deadline = Instant::now() + std::time::Duration::from_millis(1);
-    let hasty = Query { deadline: Some(deadline), exact: true, ..query };
-    let gave_up = volume.search(&hasty, &mut |_, _, _| true).is_err();
-    let late = Instant::now().saturating_duration_since(deadline).as_secs_f64();
+    let (searches, most) = load(&volume, &queries, Duration::from_secs_f64(args.seconds))?;
+    let (mut right, mut all) = (0, 0);
+    for query in &queries {
+        let (found, truth) = asked(&volume, query)?;
+        right += found.iter().filter(|hit| truth.contains(hit)).count();
+        all += truth.len();
+    }
+    let (gave_up, late) = deadlines(&volume, &queries);
     let line = json!({
-        "deadline_met": gave_up,
+        "gave_up": gave_up,
         "past_deadline_ms": late * 1e3,
-        "recall": recall,
-        "anonymous_mib": anonymous()? as f64 / 1024.0,
+        "recall": right as f64 / all as f64,
+        "searches_per_second": searches,
+        "most_anonymous_mb": most as f64 * 1024.0 / 1e6,
         "points": volume.report(FileId::ROOT).collections.iter().map(|collection| collection.points).sum::<u64>(),
         "hits": answer.hits.len(),
-        "open_ms": (opened - read) * 1e3,
-        "first_answer_ms": (answered - read) * 1e3,
+        "open_ms": opened * 1e3,
+        "first_answer_ms": answered * 1e3,
     });
-    println!("{line}");
-    volume.close().map_err(|error| error.to_string())
+    volume.close().map_err(|error| error.to_string())?;
+    Ok(line)
+}
+
+/// Searches with too little time, exact and not: how many gave up, and how long after the deadline the latest answered.
+fn deadlines(volume: &Volume, queries: &[Query]) -> (usize, f64) {
+    let (mut gave_up, mut latest) = (0, 0f64);
+    for (n, query) in queries.iter().enumerate() {
+        let deadline = Instant::now() + Duration::from_micros(20 * n as u64);
+        let hasty = Query { deadline: Some(deadline), exact: n % 2 == 0, k: 1 + n, ..query.clone() };
+        gave_up += usize::from(volume.search(&hasty, &mut |_, _, _| true).is_err());
+        latest = latest.max(Instant::now().saturating_duration_since(deadline).as_secs_f64());
+    }
+    (gave_up, latest)
+}
+
+/// Queries that `open` asks, from all over the base.
+const QUERIES: usize = 500;
+
+/// Searches from all cores; how many a second, and the most anonymous memory that the process had, KiB.
+fn load(volume: &Volume, queries: &[Query], time: Duration) -> Result<(f64, u64), String> {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let done = AtomicU64::new(0);
+    let began = Instant::now();
+    let work = &|first: usize| {
+        for query in queries.iter().cycle().skip(first * queries.len() / threads) {
+            if began.elapsed() >= time {
+                return Ok(());
+            }
+            volume.search(query, &mut |_, _, _| true).map_err(|error| error.to_string())?;
+            done.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
+    };
+    let (results, most) = watched(|| {
+        std::thread::scope(|scope| {
+            let searching: Vec<_> = (0..threads).map(|first| scope.spawn(move || work(first))).collect();
+            searching.into_iter().map(joined).collect::<Result<Vec<()>, String>>()
+        })
+    })?;
+    results?;
+    Ok((done.into_inner() as f64 / began.elapsed().as_secs_f64(), most))
+}
+
+/// The most anonymous memory that the process had during `work`, KiB, beside what that gives.
+fn watched<T>(work: impl FnOnce() -> T) -> Result<(T, u64), String> {
+    let (most, ended) = (AtomicU64::new(anonymous()?), AtomicBool::new(false));
+    let result = std::thread::scope(|scope| {
+        let watch = scope.spawn(|| {
+            while !ended.load(Ordering::Acquire) {
+                most.fetch_max(anonymous()?, Ordering::Relaxed);
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            Ok(())
+        });
+        let result = work();
+        ended.store(true, Ordering::Release);
+        joined(watch).map(|()| result)
+    })?;
+    Ok((result, most.into_inner()))
+}
+
+fn joined<T>(thread: std::thread::ScopedJoinHandle<'_, Result<T, String>>) -> Result<T, String> {
+    thread.join().unwrap_or_else(|_| Err("a thread panicked".to_owned()))
+}
+
+/// Files and rows.
+type Points = Vec<(FileId, u32)>;
+
+/// What a query finds, and what an exact one does.
+fn asked(volume: &Volume, query: &Query) -> Result<(Points, Points), String> {
+    let ask = |exact| {
+        let answer = volume.search(&Query { exact, ..query.clone() }, &mut |_, _, _| true);
+        let hits = answer.map_err(|error| error.to_string())?.hits;
+        Ok::<_, String>(hits.into_iter().map(|hit| (hit.file, hit.row)).collect())
+    };
+    Ok((ask(false)?, ask(true)?))
 }
 
 /// This process's anonymous memory, KiB.
@@ -228,14 +329,8 @@ const FILE_ROWS: usize = 100;
 fn recall(volume: &Volume, base: &Rows, count: usize) -> Result<f64, String> {
     let (mut right, mut all) = (0, 0);
     for n in 0..200 {
-        let row = n * count / 200;
-        let ask = |exact| {
-            let answer = volume.search(&query(base, row, 10, exact), &mut |_, _, _| true);
-            let hits = answer.map_err(|error| error.to_string())?.hits;
-            Ok::<_, String>(hits.into_iter().map(|hit| (hit.file, hit.row)).collect::<Vec<_>>())
-        };
-        let truth = ask(true)?;
-        right += ask(false)?.iter().filter(|hit| truth.contains(hit)).count();
+        let (found, truth) = asked(volume, &query(base, n * count / 200, 10, false))?;
+        right += found.iter().filter(|hit| truth.contains(hit)).count();
         all += truth.len();
     }
     Ok(right as f64 / all as f64)

@@ -1,0 +1,42 @@
+#!/bin/bash
+# A large .npy copied into a mount: until close returned and it is found, until it is linked; then the daemon is killed,
+# and the time from mount to the first answer. Beside it, the store alone (`vexfs bench store`): bulk, open, open with
+# 64 MiB, churn. Needs root. Usage: mounted.sh VEXFS EMPTY_DIR BASE.npy [rows of the churn, default 200000]
+set -euo pipefail
+vexfs=$(realpath "$1") dir=$(realpath "$2") base=$(realpath "$3") churn=${4:-200000}
+mkdir "$dir/source" "$dir/mnt"
+trap 'umount -l "$dir/mnt" 2>/dev/null || true' EXIT
+ms() { echo $(($(date +%s%N) / 1000000)); }
+pid() { sed -n 's/^ *"pid": \([0-9]*\).*/\1/p' "$dir/mnt/.vexfs/stats.json"; }
+ask() { "$vexfs" search "$dir/mnt" --like "$dir/mnt/base.npy#7" -k 1 --json | grep -q '"path"'; }
+
+"$vexfs" mount "$dir/source" "$dir/mnt"
+printf 'metric = "l2"\n' > "$dir/mnt/.vexfs.toml"
+start=$(ms)
+cp "$base" "$dir/mnt/base.npy"
+closed=$(ms)
+"$vexfs" search "$dir/mnt" --like "$dir/mnt/base.npy#7" -k 1 > /dev/null
+found=$(ms)
+"$vexfs" sync "$dir/mnt" --indexed
+linked=$(ms)
+echo "{\"cp_ms\":$((closed - start)),\"found_after_close_ms\":$((found - closed)),\"linked_ms\":$((linked - start))}"
+
+for n in $(seq 1000); do cp "$dir/mnt/.vexfs.toml" "$dir/mnt/$n.txt"; done
+kills=()
+for round in 1 2 3 4 5; do
+    head -c 128 "$base" > "$dir/mnt/half-$round.npy" || true
+    kill -9 "$(pid)"
+    umount -l "$dir/mnt"
+    start=$(ms)
+    "$vexfs" mount "$dir/source" "$dir/mnt"
+    ask
+    kills+=($(($(ms) - start)))
+done
+echo "{\"first_answer_after_kill_ms\":[$(IFS=,; echo "${kills[*]}")]}"
+"$vexfs" umount "$dir/mnt"
+rm -r "$dir/source"
+
+"$vexfs" bench store bulk --dir "$dir/bulk" --base "$base"
+"$vexfs" bench store open --dir "$dir/bulk" --base "$base"
+"$vexfs" bench store open --dir "$dir/bulk" --base "$base" --memory 64M
+"$vexfs" bench store churn --dir "$dir/churn" --base "$base" --rows "$churn"
