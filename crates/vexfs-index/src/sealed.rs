@@ -376,7 +376,7 @@ impl Walker<'_> {
                 } else {
                     // Paths among the allowed alone are a little worse than those that were calibrated, and the more
                     // so where the query lies at the edge of what is allowed.
-                    let more = if (0.05..0.9).contains(&around) { 1.25 } else { 1.0 } * (share / around).max(1.0);
+                    let more = if around >= 0.05 { 1.25 } else { 1.0 } * (share / around).max(1.0);
                     let near = pool.entries().first().map_or(start.1, |entry| entry_node(*entry));
                     self.graph.walk_allowed(query, near, &allowed, (ef as f32 * more) as usize, pool, budget)?;
                 }

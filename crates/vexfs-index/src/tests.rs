@@ -186,27 +186,32 @@ impl Filter for Far<'_> {
     }
 }
 
+/// In many dimensions nearly all is about equally far. Walks were begun where hardly anything around the query was
+/// allowed, and scans of codes were cut off where rounding could still hide a hit: the farthest half of an embedding's
+/// rows was found with recall 0.93.
 #[test]
 fn a_filter_that_allows_only_what_is_far_is_answered_in_full() {
-    let space = Space::new(16, Metric::L2, Element::F32).unwrap();
-    let (rows, queries) = data(&space, 4_000, 21);
-    let sealed = seal(space, &rows, &Params::default());
-    let flat = Flat::new(space, Arc::clone(&sealed.vectors));
-    let (mut scratch, mut out, mut truth) = (Scratch::default(), Vec::new(), Vec::new());
-    for share in [0.5, 0.1, 0.01] {
-        let (mut right, mut all) = (0, 0);
-        for query in &queries {
-            flat.search(query, &Request::nearest(4_000), &mut scratch, &mut out).unwrap();
-            let limit = out[(4_000.0 * (1.0 - share)) as usize].distance;
-            let filter = Far(&flat, query, limit);
-            let request = Request { filter: Some(&filter), ..Request::nearest(10) };
-            flat.search(query, &request, &mut scratch, &mut truth).unwrap();
-            sealed.search(query, &request, &mut scratch, &mut out).unwrap();
-            assert_eq!(out.len(), truth.len());
-            right += out.iter().filter(|hit| truth.contains(hit)).count();
-            all += truth.len();
+    for (dim, metric, element) in [(16, Metric::L2, Element::F32), (256, Metric::Cosine, Element::F16)] {
+        let space = Space::new(dim, metric, element).unwrap();
+        let (rows, queries) = data(&space, 4_000, 21);
+        let sealed = seal(space, &rows, &Params::default());
+        let flat = Flat::new(space, Arc::clone(&sealed.vectors));
+        let (mut scratch, mut out, mut truth) = (Scratch::default(), Vec::new(), Vec::new());
+        for share in [0.5, 0.1, 0.01] {
+            let (mut right, mut all) = (0, 0);
+            for query in &queries {
+                flat.search(query, &Request::nearest(4_000), &mut scratch, &mut out).unwrap();
+                let limit = out[(4_000.0 * (1.0 - share)) as usize].distance;
+                let filter = Far(&flat, query, limit);
+                let request = Request { filter: Some(&filter), ..Request::nearest(10) };
+                flat.search(query, &request, &mut scratch, &mut truth).unwrap();
+                sealed.search(query, &request, &mut scratch, &mut out).unwrap();
+                assert_eq!(out.len(), truth.len());
+                right += out.iter().filter(|hit| truth.contains(hit)).count();
+                all += truth.len();
+            }
+            assert!(right as f64 >= 0.99 * all as f64, "{metric} {dim}, share {share}: {right} of {all}");
         }
-        assert!(right as f64 >= 0.95 * all as f64, "share {share}: {right} of {all}");
     }
 }
 
