@@ -222,10 +222,14 @@ fn settings_may_share_the_low_bits_of_a_vector_files_inode_number() {
     let Some(v) = Volume::new(&[]) else { return };
     v.write(".vexfs.toml", "metric = \"l2\"\n");
     let inode = |name: &str| std::fs::metadata(v.path(name)).unwrap().ino();
-    for n in 0..256 {
-        v.write(&format!("{n}.vec"), "0, 5");
-    }
-    assert!((0..256).any(|n| inode(&format!("{n}.vec")) % 64 == inode(".vexfs.toml") % 64));
+    let settings = inode(".vexfs.toml");
+    // Which numbers files get is up to the file system and to who else makes files there.
+    let met = (0..20_000).any(|n| {
+        let name = format!("{n}.vec");
+        v.write(&name, "0, 5");
+        inode(&name) % 64 == settings % 64
+    });
+    assert!(met, "no file's number was like that of the settings");
     v.write(".vexfs.toml", "metric = \"ip\"\n");
     let answer = v.ask("", &serde_json::json!({ "vector": [0.0, 1.0], "k": 1 }));
     assert_eq!(answer["hits"][0]["distance"], -5.0, "{answer}");
