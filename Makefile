@@ -8,6 +8,7 @@ PACKAGES := $(shell command -v fusermount3 >/dev/null || echo fuse3) \
             $(shell command -v mkfs.ext4 >/dev/null || echo e2fsprogs) \
             $(shell command -v mkfs.xfs >/dev/null || echo xfsprogs) \
             $(shell command -v mkfs.btrfs >/dev/null || echo btrfs-progs) \
+            $(shell command -v rsync >/dev/null || echo rsync) \
             $(shell command -v cc >/dev/null || echo gcc libc6-dev)
 
 .PHONY: test demo packages

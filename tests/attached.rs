@@ -11,7 +11,7 @@ use rustix::fs::{CWD, RenameFlags, XattrFlags, renameat_with};
 use rustix::io::Errno;
 use serde_json::json;
 
-use crate::support::{Volume, npy, paths};
+use crate::support::{Volume, le_bytes, no_rsync, npy, paths};
 
 const TEXT: &str = "user.vexfs.embedding";
 const BINARY: &str = "user.vexfs.embedding.f32";
@@ -27,10 +27,6 @@ fn get(path: &Path, name: &str) -> Result<Vec<u8>, Errno> {
     Ok(value)
 }
 
-fn binary(vector: &[f32]) -> Vec<u8> {
-    vector.iter().flat_map(|x| x.to_le_bytes()).collect()
-}
-
 fn status(v: &Volume, name: &str) -> String {
     String::from_utf8(get(&v.path(name), "user.vexfs.status").unwrap()).unwrap()
 }
@@ -41,7 +37,7 @@ fn photographs() -> Option<Volume> {
     v.write("a.jpg", "not a vector");
     v.write("b.jpg", "not a vector either");
     set(&v.path("a.jpg"), TEXT, "[1, 0, 0]").unwrap();
-    set(&v.path("b.jpg"), BINARY, binary(&[0.0, 1.0, 0.0])).unwrap();
+    set(&v.path("b.jpg"), BINARY, le_bytes(&[0.0, 1.0, 0.0])).unwrap();
     Some(v)
 }
 
@@ -50,7 +46,7 @@ fn an_attached_vector_is_found_when_setxattr_returned_and_gone_when_removed() {
     let Some(v) = photographs() else { return };
     assert_eq!(v.near("", &[1.0, 0.0, 0.0], 1), ["a.jpg"]);
     assert_eq!(v.near("", &[0.0, 1.0, 0.0], 2), ["b.jpg", "a.jpg"]);
-    set(&v.path("a.jpg"), BINARY, binary(&[0.0, 0.0, 1.0])).unwrap();
+    set(&v.path("a.jpg"), BINARY, le_bytes(&[0.0, 0.0, 1.0])).unwrap();
     let answer = v.ask("", &json!({ "vector": [0.0, 0.0, 1.0], "k": 9 }));
     assert_eq!(paths(&answer), ["a.jpg", "b.jpg"], "the old one is replaced");
     assert_eq!((&answer["hits"][0]["distance"], &answer["hits"][0]["attached"]), (&json!(0.0), &json!(true)));
@@ -66,11 +62,11 @@ fn an_attached_vector_is_found_when_setxattr_returned_and_gone_when_removed() {
 fn both_spellings_are_one_vector_and_the_source_has_it_in_binary() {
     let Some(v) = photographs() else { return };
     assert_eq!(get(&v.path("b.jpg"), TEXT).unwrap(), b"[0, 1, 0]");
-    assert_eq!(get(&v.path("a.jpg"), BINARY).unwrap(), binary(&[1.0, 0.0, 0.0]));
-    assert_eq!(get(&v.source().join("a.jpg"), BINARY).unwrap(), binary(&[1.0, 0.0, 0.0]));
+    assert_eq!(get(&v.path("a.jpg"), BINARY).unwrap(), le_bytes(&[1.0, 0.0, 0.0]));
+    assert_eq!(get(&v.source().join("a.jpg"), BINARY).unwrap(), le_bytes(&[1.0, 0.0, 0.0]));
     assert_eq!(get(&v.source().join("a.jpg"), TEXT), Err(Errno::NODATA));
     set(&v.path("b.jpg"), TEXT, "0.25 0.5 0.125").unwrap();
-    assert_eq!(get(&v.path("b.jpg"), BINARY).unwrap(), binary(&[0.25, 0.5, 0.125]));
+    assert_eq!(get(&v.path("b.jpg"), BINARY).unwrap(), le_bytes(&[0.25, 0.5, 0.125]));
     let created = rustix::fs::setxattr(v.path("b.jpg"), TEXT, b"[1, 1, 1]", XattrFlags::CREATE);
     assert_eq!(created, Err(Errno::EXIST));
     v.write("c.jpg", "");
@@ -88,13 +84,13 @@ fn what_is_no_vector_cannot_be_attached_and_what_was_stands() {
     }
     assert_eq!(set(&a, BINARY, [1, 2, 3]), Err(Errno::INVAL));
     assert_eq!(set(&a, TEXT, "[1, 0]"), Err(Errno::MSGSIZE));
-    assert_eq!(set(&a, BINARY, binary(&[1.0; 4])), Err(Errno::MSGSIZE));
+    assert_eq!(set(&a, BINARY, le_bytes(&[1.0; 4])), Err(Errno::MSGSIZE));
     assert_eq!(v.near("", &[1.0, 0.0, 0.0], 1), ["a.jpg"]);
     assert_eq!(get(&a, TEXT).unwrap(), b"[1, 0, 0]");
     assert_eq!(status(&v, "a.jpg"), "attached: indexed 1");
     // Beneath the mount nobody refuses it; the status tells.
     v.umount();
-    set(&v.source().join("a.jpg"), BINARY, binary(&[1.0; 4])).unwrap();
+    set(&v.source().join("a.jpg"), BINARY, le_bytes(&[1.0; 4])).unwrap();
     v.mount();
     assert_eq!(v.near("", &[1.0, 0.0, 0.0], 9), ["b.jpg"]);
     assert!(status(&v, "a.jpg").starts_with("attached: EMSGSIZE: "), "{}", status(&v, "a.jpg"));
@@ -153,7 +149,7 @@ fn an_attached_vector_survives_remounts_kills_and_changes_beneath() {
         assert_eq!(v.near("", &[0.0, 0.0, 1.0], 1), ["a.jpg"]);
     }
     // Beneath the mount: found by the look at each hit.
-    set(&v.source().join("b.jpg"), BINARY, binary(&[0.0, 1.0, 0.0])).unwrap();
+    set(&v.source().join("b.jpg"), BINARY, le_bytes(&[0.0, 1.0, 0.0])).unwrap();
     assert_eq!(near(), ["a.jpg"], "what was indexed of b.jpg holds no more");
     assert_eq!(v.near("", &[0.0, 1.0, 0.0], 1), ["b.jpg"], "and was read again");
     // While nothing is mounted: found by the walk.
@@ -175,7 +171,7 @@ fn cp_and_rsync_carry_an_attached_vector() {
     };
     run("mkdir copy && cp -a a.jpg b.jpg copy/");
     assert_eq!(v.near("copy", &[1.0, 0.0, 0.0], 9), ["a.jpg", "b.jpg"]);
-    if Command::new("rsync").arg("--version").output().is_ok_and(|output| output.status.success()) {
+    if !no_rsync() {
         run("rsync -aX a.jpg b.jpg synced/");
         assert_eq!(v.near("synced", &[0.0, 1.0, 0.0], 9), ["b.jpg", "a.jpg"]);
     }

@@ -5,6 +5,8 @@ use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 
+use rustix::io::Errno;
+
 use crate::support::{Random, Volume, is_root, npy, skip, text};
 
 /// A small file system of its own, mounted over a volume's source until it is dropped.
@@ -39,21 +41,14 @@ fn synced(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     file.sync_all()
 }
 
-const ENOSPC: i32 = 28;
-const EDQUOT: i32 = 122;
-
-fn a_full_disk(kind: &str, megabytes: u64) {
-    a_full(kind, megabytes, ENOSPC);
-}
-
 /// `full`: the errno to expect, of a disk or of a quota.
-fn a_full(kind: &str, megabytes: u64, full: i32) {
+fn a_full_disk(kind: &str, megabytes: u64, full: Errno) {
     if skip(!is_root(), "a file system of its own needs root") {
         return;
     }
     let Some(v) = Volume::unmounted(&[]) else { return };
     let Some(_disk) = SmallDisk::new(kind, megabytes, &v.dir.path().join("image"), &v.source()) else { return };
-    if full == EDQUOT {
+    if full == Errno::DQUOT {
         for args in [&["quota", "enable"][..], &["qgroup", "limit", "24M"]] {
             let output = Command::new("btrfs").args(args).arg(v.source()).output().unwrap();
             assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -65,7 +60,7 @@ fn a_full(kind: &str, megabytes: u64, full: i32) {
     v.write("bulk.npy", npy(&rows));
     let filler = v.source().join("filler");
     let mut file = File::create(&filler).unwrap();
-    let full = Some(full);
+    let full = Some(full.raw_os_error());
     let mut fill = || {
         let mut step = vec![0u8; 1 << 20];
         while !step.is_empty() {
@@ -121,21 +116,21 @@ fn a_full(kind: &str, megabytes: u64, full: i32) {
 
 #[test]
 fn on_a_full_ext4_searches_go_on_and_writes_resume() {
-    a_full_disk("ext4", 24);
+    a_full_disk("ext4", 24, Errno::NOSPC);
 }
 
 #[test]
 fn on_a_full_xfs_searches_go_on_and_writes_resume() {
-    a_full_disk("xfs", 320);
+    a_full_disk("xfs", 320, Errno::NOSPC);
 }
 
 #[test]
 fn on_a_full_btrfs_searches_go_on_and_writes_resume() {
-    a_full_disk("btrfs", 160);
+    a_full_disk("btrfs", 160, Errno::NOSPC);
 }
 
 #[test]
 fn past_a_quota_searches_go_on_and_writes_resume() {
     // Btrfs counts quotas by itself; those of ext4 and XFS need a kernel that was built with them.
-    a_full("btrfs", 160, EDQUOT);
+    a_full_disk("btrfs", 160, Errno::DQUOT);
 }

@@ -28,6 +28,15 @@ pub fn no_fuse() -> bool {
     skip(fs::File::options().read(true).write(true).open("/dev/fuse").is_err(), "no /dev/fuse")
 }
 
+pub fn no_rsync() -> bool {
+    skip(Command::new("rsync").arg("--version").output().is_err(), "no rsync")
+}
+
+/// Numbers as a binary attribute and an f32 .npy have them.
+pub fn le_bytes(numbers: &[f32]) -> Vec<u8> {
+    numbers.iter().flat_map(|number| number.to_le_bytes()).collect()
+}
+
 /// A mounted volume.
 pub struct Volume {
     pub dir: TempDir,
@@ -203,7 +212,7 @@ impl Random {
 
 /// The bytes of a `.npy` (version 1) of f32 rows.
 pub fn npy(rows: &[Vec<f32>]) -> Vec<u8> {
-    let data: Vec<u8> = rows.iter().flatten().flat_map(|value| value.to_le_bytes()).collect();
+    let data: Vec<u8> = rows.iter().flat_map(|row| le_bytes(row)).collect();
     npy_raw(1, &format!("'descr': '<f4', 'fortran_order': False, 'shape': ({}, {})", rows.len(), rows[0].len()), &data)
 }
 

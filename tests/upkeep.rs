@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use rustix::fs::XattrFlags;
 
-use crate::support::{Random, Volume, npy, text};
+use crate::support::{Random, Volume, le_bytes, no_rsync, npy, text};
 
 const ROWS: usize = 9_000;
 
@@ -44,8 +44,8 @@ fn filled() -> Option<(Volume, Vec<Vec<f32>>)> {
     v.write("bulk.npy", npy(&data));
     v.write("small.vec", text(&[0.5; 16]));
     v.write("photo.jpg", "");
-    let attached: Vec<u8> = ATTACHED.iter().flat_map(|x| x.to_le_bytes()).collect();
-    rustix::fs::setxattr(v.path("photo.jpg"), "user.vexfs.embedding.f32", &attached, XattrFlags::empty()).unwrap();
+    rustix::fs::setxattr(v.path("photo.jpg"), "user.vexfs.embedding.f32", &le_bytes(&ATTACHED), XattrFlags::empty())
+        .unwrap();
     let mnt = v.mnt();
     let output = v.command(&["sync", mnt.to_str().unwrap(), "--indexed"]);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -163,19 +163,10 @@ fn the_mode_is_switched_while_mounted_and_sync_waits() {
     assert!(!run(&["sync", "/"]));
 }
 
-/// A tool that isn't part of what the tests need.
-fn skip_tool(name: &str) -> bool {
-    let missing = std::process::Command::new(name).arg("--version").output().is_err();
-    if missing {
-        eprintln!("skipped: no {name}");
-    }
-    missing
-}
-
 #[test]
 fn a_copied_volume_answers_as_before() {
     for with in ["cp", "tar", "rsync"] {
-        if with == "rsync" && skip_tool("rsync") {
+        if with == "rsync" && no_rsync() {
             continue;
         }
         let Some((v, data)) = filled() else { return };

@@ -5,7 +5,7 @@
 //! The attribute is the truth, as a file's bytes are of the vectors in it, so it is read again whenever it may have
 //! changed. What tells that is the change time; and because many things move that, a digest of the value.
 
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 
 use rustix::fs::Stat;
 use rustix::io::Errno;
@@ -13,14 +13,15 @@ use vexfs_store::Fingerprint;
 use vexfs_store::index::MAX_DIM;
 
 use crate::formats::{Refusal, parse_text};
+use crate::reopen::path_of;
 use crate::source::fingerprint;
 
 /// The vector as little-endian `f32`.
 pub const BINARY: &str = "user.vexfs.embedding.f32";
 /// The vector as text: numbers separated by commas or blanks, in brackets or not.
 pub const TEXT: &str = "user.vexfs.embedding";
-/// Longest value that Linux has.
-const MAX_VALUE: usize = 64 << 10;
+/// Largest value and list of names of extended attributes that Linux has.
+pub const XATTR_MAX: usize = 64 << 10;
 
 /// A spelling of the attribute.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
@@ -115,9 +116,9 @@ pub fn to_text(vector: &[f32]) -> Vec<u8> {
 /// change meanwhile shows in the change time. Where both spellings were set beneath the mount, the binary one counts.
 pub fn read(file: BorrowedFd<'_>) -> Result<(Stat, Option<Value>), Errno> {
     let stat = rustix::fs::fstat(file)?;
-    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let path = path_of(file);
     for (form, name) in [(Form::Binary, BINARY), (Form::Text, TEXT)] {
-        let mut bytes = Vec::with_capacity(MAX_VALUE);
+        let mut bytes = Vec::with_capacity(XATTR_MAX);
         match rustix::fs::getxattr(&path, name, rustix::buffer::spare_capacity(&mut bytes)) {
             Ok(_) => return Ok((stat, Some(Value { form, bytes }))),
             // A file system without attributes has none.
@@ -130,8 +131,8 @@ pub fn read(file: BorrowedFd<'_>) -> Result<(Stat, Option<Value>), Errno> {
 
 /// Has what is called `name` in `dir` an attached vector? One system call for the many that have no attributes at all.
 pub fn is_there(dir: BorrowedFd<'_>, name: &[u8]) -> Result<bool, Errno> {
-    let path = [format!("/proc/self/fd/{}/", dir.as_raw_fd()).as_bytes(), name].concat();
-    let mut names = Vec::with_capacity(MAX_VALUE);
+    let path = [path_of(dir).as_bytes(), b"/", name].concat();
+    let mut names = Vec::with_capacity(XATTR_MAX);
     match rustix::fs::llistxattr(&path[..], rustix::buffer::spare_capacity(&mut names)) {
         Ok(_) => Ok(names.split(|byte| *byte == 0).any(|name| Form::of(name).is_some())),
         Err(Errno::OPNOTSUPP) => Ok(false),

@@ -4,7 +4,7 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -21,6 +21,7 @@ use crate::access::Caller;
 use crate::embedding::{self, Form, Value};
 use crate::events::{Cause, Events, Moved};
 use crate::nodes::{Node, Nodes};
+use crate::reopen::path_of;
 use crate::umask::with_umask;
 use crate::walk::RESERVED;
 
@@ -87,7 +88,7 @@ pub struct Files {
 }
 
 fn proc_path(node: &Node) -> String {
-    format!("/proc/self/fd/{}", node.fd.as_raw_fd())
+    path_of(node.fd.as_fd())
 }
 
 /// The extended attribute that is a file's access control list.
@@ -642,7 +643,7 @@ impl Files {
         {
             return Ok(embedding::to_text(&vector));
         }
-        let mut value = Vec::with_capacity(XATTR_MAX);
+        let mut value = Vec::with_capacity(embedding::XATTR_MAX);
         let path = self.xattr_path(id)?;
         rustix::fs::getxattr(path, name.as_bytes(), rustix::buffer::spare_capacity(&mut value))?;
         Ok(value)
@@ -650,7 +651,7 @@ impl Files {
 
     /// Names of extended attributes, each ended by NUL.
     pub fn listxattr(&self, id: u64) -> Result<Vec<u8>, Errno> {
-        let mut names = Vec::with_capacity(XATTR_MAX);
+        let mut names = Vec::with_capacity(embedding::XATTR_MAX);
         rustix::fs::listxattr(self.xattr_path(id)?, rustix::buffer::spare_capacity(&mut names))?;
         Ok(names)
     }
@@ -716,9 +717,6 @@ impl Files {
         Ok(proc_path(&node))
     }
 }
-
-/// Largest value and list of names that Linux has.
-const XATTR_MAX: usize = 64 << 10;
 
 fn timespec(time: Option<SetTime>) -> Timespec {
     let special = |tv_nsec| Timespec { tv_sec: 0, tv_nsec };

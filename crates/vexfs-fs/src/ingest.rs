@@ -7,7 +7,7 @@ mod attached;
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -106,15 +106,16 @@ impl Ingest {
 
     /// As [`Ingest::read`], by one of the paths that the volume knows.
     pub fn read_known(&self, file: FileId, when: When) {
-        if file.is_attached() {
-            return self.read_known_attached(file.holder());
-        }
         for path in self.volume.paths(file, FileId::ROOT) {
-            match self.source.open(&path, file) {
-                Ok(opened) => {
-                    if let Err(refusal) = self.read_unless_known(file, &opened, when) {
-                        log::info!("{}: {}", String::from_utf8_lossy(&path), refusal.reason);
-                    }
+            let read = match file.is_attached() {
+                true => self.holder(&path, file).map(|opened| self.read_attached(file.holder(), opened.as_fd())),
+                false => self.source.open(&path, file).map(|opened| self.read_unless_known(file, &opened, when)),
+            };
+            match read {
+                Ok(Ok(())) => return,
+                Ok(Err(refusal)) => {
+                    let what = if file.is_attached() { "attached to " } else { "" };
+                    log::info!("{what}{}: {}", String::from_utf8_lossy(&path), refusal.reason);
                     return;
                 }
                 Err(Errno::STALE | Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {}
@@ -128,7 +129,7 @@ impl Ingest {
         // No path leads to it any more: the source changed beneath us. The walk may find it elsewhere.
         self.lost.store(true, Ordering::Release);
         for link in self.volume.links(file) {
-            self.volume.unlink(file, &link);
+            self.volume.unlink(file.holder(), &link);
         }
     }
 

@@ -1,10 +1,15 @@
 //! What an `O_PATH` descriptor is of, reached by its entry in `/proc/self/fd`, which is resolved once.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{Access, AtFlags, CWD, Mode, OFlags, accessat, chmodat, openat};
 use rustix::io::Errno;
 use rustix::path::DecInt;
+
+/// The entry as a path, for system calls that take no descriptor. It leads to a symlink itself, not to where that points.
+pub fn path_of(fd: BorrowedFd<'_>) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
+}
 
 /// See the module.
 pub struct Reopener {

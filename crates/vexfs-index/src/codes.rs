@@ -369,8 +369,8 @@ impl CodedQuery {
         }
     }
 
-    /// The largest key of what may in truth be nearer than the row of this key, if rounding put it off by up to
-    /// `errors` times what is usual at most; `None` where codes are too coarse to tell.
+    /// The largest key of what may in truth be nearer than the row of this key, if rounding puts keys off by up to
+    /// `errors` times [`CodedQuery::error`]; `None` where codes are too coarse to tell.
     pub fn not_beyond(&self, key: u32, errors: f32) -> Option<u32> {
         let off = match self.sum? {
             Kind::Bits => 0.0,

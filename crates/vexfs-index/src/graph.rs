@@ -29,7 +29,7 @@ pub(crate) trait Keys {
     fn keys(&self, nodes: &[u32], out: &mut [u32]);
     /// Asks for what a node's key is made of ahead of its use.
     fn ask(&self, node: u32);
-    /// The largest key of what may be as near as each of the nodes whose keys are up to this; `None` if keys don't tell.
+    /// The largest key of what may in truth be nearer than a node of this key; `None` if keys don't tell.
     fn not_beyond(&self, key: u32) -> Option<u32>;
 }
 
@@ -419,9 +419,8 @@ impl Nodes<'_> {
 /// Candidates whose links are read in one round of a walk: a round waits for memory twice, for links and for codes,
 /// and two candidates wait together. More compare too many that are far; measured.
 const EXPANDED_TOGETHER: usize = 2;
-/// Standard deviations that a scan allows a difference of keys to be off by. The k-th of very many keys is one that
-/// rounding has made too small, and the row that is looked for may be one that it has made too large: more than
-/// what a walk allows, which compares few.
+/// How much more than a walk a scan allows keys to be off by. The k-th of very many keys is one that rounding has made
+/// too small, and the row that is looked for may be one that it has made too large; a walk compares few.
 const FAR_OFF: f32 = 1.5;
 /// Nodes that a scan compares while it asks for the next.
 const SCANNED: usize = 16;

@@ -467,13 +467,16 @@ impl Sealed {
                 Ok(()) => return Ok(()),
             }
         }
-        let mut these = match bits {
-            Some(bits) => Nodes::Set(bits, 0, self.nodes as u32),
-            None => Nodes::Passing(0..self.nodes as u32, &allowed),
-        };
+        let mut these = self.these(bits, &allowed);
         // A scan's own: coarse codes need some more than what a walk is calibrated for.
         let ef = ef.max(2 * k.min(self.nodes) + 20);
         walker.nearest(exact, (k, ef), Plan::These(&mut these), scratch, budget)
+    }
+
+    /// The allowed nodes, by a filter's bits where it has them.
+    fn these<'a>(&self, bits: Option<&'a [u64]>, allowed: &'a dyn Fn(u32) -> bool) -> Nodes<'a> {
+        let end = self.nodes as u32;
+        bits.map_or(Nodes::Passing(0..end, allowed), |bits| Nodes::Set(bits, 0, end))
     }
 
     /// The hits, into `scratch.best`.
@@ -498,10 +501,7 @@ impl Sealed {
             _ => {
                 let distance = |node: u32| exact.distance(self.row(Slot(node)));
                 let allowed = |node: u32| request.allows(node);
-                let mut these = match request.filter.and_then(|filter| filter.bits()) {
-                    Some(bits) => Nodes::Set(bits, 0, self.nodes as u32),
-                    None => Nodes::Passing(0..self.nodes as u32, &allowed),
-                };
+                let mut these = self.these(request.filter.and_then(|filter| filter.bits()), &allowed);
                 let Scratch { best, links: batch, .. } = scratch;
                 while these.next(batch) {
                     scan(batch.iter().copied(), distance, request.k, &mut budget, best)?;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use shuttle::scheduler::{PctScheduler, RandomScheduler, Scheduler};
-use vexfs_index::{Effort, Element};
+use vexfs_index::Element;
 
 use crate::disk::MemDisk;
 use crate::*;
@@ -99,16 +99,7 @@ fn rewrite(volume: &Volume, collection: &collection::Collection, parts: &[Arc<pa
 type Found = BTreeMap<u64, BTreeMap<u32, BTreeSet<u32>>>;
 
 fn found(volume: &Volume) -> Found {
-    let query = Query {
-        vector: vec![1.0, 1.0, 1.0],
-        k: 100,
-        effort: Effort::default(),
-        exact: true,
-        max_distance: None,
-        scope: FileId::ROOT,
-        exclude: None,
-        deadline: None,
-    };
+    let query = Query { exact: true, ..Query::nearest(vec![1.0, 1.0, 1.0], 100) };
     let mut found = Found::new();
     for hit in volume.search(&query, &mut |_, _, _| true).unwrap().hits {
         // Cosine: the distance tells which reading's row it is.

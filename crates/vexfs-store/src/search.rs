@@ -38,6 +38,22 @@ pub struct Query {
     pub deadline: Option<Instant>,
 }
 
+impl Query {
+    /// The `k` nearest in the whole volume, with default effort and as long as it takes.
+    pub fn nearest(vector: Vec<f32>, k: usize) -> Query {
+        Query {
+            vector,
+            k,
+            effort: Effort::default(),
+            exact: false,
+            max_distance: None,
+            scope: FileId::ROOT,
+            exclude: None,
+            deadline: None,
+        }
+    }
+}
+
 /// One result.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Hit {

@@ -9,7 +9,7 @@ mod world;
 
 use std::sync::Arc;
 
-use vexfs_index::{Effort, Element};
+use vexfs_index::Element;
 
 use crate::disk::{DirDisk, Disk, Fault, MemDisk, write_small};
 use crate::*;
@@ -42,15 +42,9 @@ fn put(volume: &Volume, file: u64, name: &str, rows: &[&[f32]]) {
 
 fn nearest(vector: &[f32], k: usize) -> Query {
     Query {
-        vector: vector.to_vec(),
-        k,
-        effort: Effort::default(),
         // What is kept is asked here, not how well a walk finds it.
         exact: true,
-        max_distance: None,
-        scope: FileId::ROOT,
-        exclude: None,
-        deadline: None,
+        ..Query::nearest(vector.to_vec(), k)
     }
 }
 

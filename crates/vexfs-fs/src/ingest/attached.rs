@@ -1,7 +1,7 @@
 //! Vectors attached to files: read from the attribute as others are from bytes, under the number that
 //! [`FileId::attached`] gives.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::Stat;
 use rustix::io::Errno;
@@ -35,7 +35,7 @@ impl Ingest {
     }
 
     /// Reads what is attached to a file, if it is another vector than the last one.
-    fn read_attached(&self, file: FileId, opened: BorrowedFd<'_>) -> Result<(), Refusal> {
+    pub(super) fn read_attached(&self, file: FileId, opened: BorrowedFd<'_>) -> Result<(), Refusal> {
         let _one = self.reading[file.0 as usize % STRIPES].lock();
         let attached = file.attached();
         for _ in 0..ATTEMPTS {
@@ -70,29 +70,10 @@ impl Ingest {
         Ok(())
     }
 
-    /// As [`Ingest::read_known`], for the vector attached to `file`.
-    pub(super) fn read_known_attached(&self, file: FileId) {
-        for path in self.volume.paths(file.attached(), FileId::ROOT) {
-            match self.source.at(&path) {
-                Ok((there, opened)) if there == file => {
-                    if let Err(refusal) = self.read_attached(file, opened.as_fd()) {
-                        log::info!("attached to {}: {}", String::from_utf8_lossy(&path), refusal.reason);
-                    }
-                    return;
-                }
-                Ok(_) | Err(Errno::STALE | Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {}
-                Err(errno) => {
-                    let refusal = Refusal::from(std::io::Error::from(errno));
-                    let print = Fingerprint::default();
-                    self.volume.refuse(file.attached(), print, refusal.errno.raw_os_error(), refusal.reason);
-                    return;
-                }
-            }
-        }
-        self.lost.store(true, std::sync::atomic::Ordering::Release);
-        for link in self.volume.links(file.attached()) {
-            self.volume.unlink(file, &link);
-        }
+    /// The file at a path, if that is what the vector is attached to.
+    pub(super) fn holder(&self, path: &[u8], attached: FileId) -> Result<OwnedFd, Errno> {
+        let (there, opened) = self.source.at(path)?;
+        if there == attached.holder() { Ok(opened) } else { Err(Errno::STALE) }
     }
 
     /// As [`Ingest::standing`], for the vector attached to the file at `path`. Its change time moves with each write and
@@ -104,11 +85,7 @@ impl Ingest {
         if fingerprint(found).ctime == known.ctime {
             return Standing::Current;
         }
-        let now = self.source.at(path).and_then(|(there, opened)| match there == file.holder() {
-            true => embedding::read(opened.as_fd()),
-            false => Err(Errno::STALE),
-        });
-        match now {
+        match self.holder(path, file).and_then(|opened| embedding::read(opened.as_fd())) {
             Ok((stat, Some(value))) if same(known, &value.fingerprint(&stat)) => Standing::Aged,
             Ok(_) => Standing::Changed,
             Err(_) => Standing::Gone,

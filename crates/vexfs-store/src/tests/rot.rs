@@ -4,8 +4,6 @@
 
 use std::sync::Arc;
 
-use vexfs_index::Effort;
-
 use super::*;
 
 const DIM: usize = 8;
@@ -56,16 +54,7 @@ fn seal(volume: &Volume) {
 /// What each hit says must be so: its distance is that of the vector that was put there.
 fn ask(volume: &Volume, n: u32, exact: bool) -> usize {
     let wanted = vector(n);
-    let query = Query {
-        vector: wanted.clone(),
-        k: 5,
-        effort: Effort::default(),
-        exact,
-        max_distance: None,
-        scope: FileId::ROOT,
-        exclude: None,
-        deadline: None,
-    };
+    let query = Query { exact, ..Query::nearest(wanted.clone(), 5) };
     let Ok(answer) = volume.search(&query, &mut |_, _, _| true) else { return 0 };
     for hit in &answer.hits {
         let path = String::from_utf8(hit.path.clone()).unwrap();

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use vexfs_index::{Effort, Element};
+use vexfs_index::Element;
 
 use crate::disk::{MemDisk, Survivors};
 use crate::*;
@@ -472,16 +472,7 @@ impl World {
 
     /// Every vector that an exact search finds, with the look that the file system has at each hit.
     pub fn found(&self) -> Result<Found, String> {
-        let query = Query {
-            vector: vector(0).to_vec(),
-            k: 1_000,
-            effort: Effort::default(),
-            exact: true,
-            max_distance: None,
-            scope: FileId::ROOT,
-            exclude: None,
-            deadline: None,
-        };
+        let query = Query { exact: true, ..Query::nearest(vector(0).to_vec(), 1_000) };
         let mut verdict = |file: FileId, path: &[u8], known: &Fingerprint| {
             let path = std::str::from_utf8(path).unwrap();
             let Some((there, now)) = self.at(path).filter(|(there, _)| *there == file.holder()) else { return false };

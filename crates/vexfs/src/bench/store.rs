@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use serde_json::json;
-use vexfs_fs::index::{Effort, Element, Metric, Mutable, Params, Scratch, Space, build};
+use vexfs_fs::index::{Element, Metric, Mutable, Params, Scratch, Space, build};
 use vexfs_fs::store::disk::DirDisk;
 use vexfs_fs::store::{FileId, Fingerprint, Link, Options, Query, SyncMode, Volume};
 
@@ -100,16 +100,7 @@ fn put(volume: &Volume, file: u64, rows: &[u8], base: &Rows, time: i128) -> Resu
 fn query(base: &Rows, row: usize, k: usize, exact: bool) -> Query {
     let mut vector = Vec::new();
     base.space.decode(&base.bytes[row * base.space.row_bytes()..][..base.space.row_bytes()], &mut vector);
-    Query {
-        vector,
-        k,
-        effort: Effort::default(),
-        exact,
-        max_distance: None,
-        scope: FileId::ROOT,
-        exclude: None,
-        deadline: None,
-    }
+    Query { exact, ..Query::nearest(vector, k) }
 }
 
 fn read_rows(args: &StoreArgs, rows: Option<usize>) -> Result<Rows, String> {
@@ -126,27 +117,32 @@ fn read_rows(args: &StoreArgs, rows: Option<usize>) -> Result<Rows, String> {
 
 /// Measures and prints a line of JSON.
 pub fn store(args: &StoreArgs) -> Result<(), String> {
-    if matches!(args.what, What::Open) {
-        println!("{}", first_answer(args)?);
-        return Ok(());
-    }
+    let line = match args.what {
+        What::Open => first_answer(args)?,
+        What::Lazy | What::Immediate => filled(args, |volume, base| inserts(volume, base, args.what))?,
+        What::Bulk => filled(args, bulk)?,
+        What::Churn => filled(args, |volume, base| churn(volume, base, &args.dir))?,
+    };
+    println!("{line}");
+    Ok(())
+}
+
+type Line = serde_json::Value;
+
+/// What `work` tells of a store that it fills from the base, and the most memory that it took.
+fn filled(args: &StoreArgs, work: impl FnOnce(&Volume, &Rows) -> Result<Line, String>) -> Result<Line, String> {
     let mut base = read_rows(args, args.rows)?;
     base.bytes = base.bytes.repeat(args.copies);
     let sync = if matches!(args.what, What::Immediate) { SyncMode::Immediate } else { SyncMode::Lazy };
     let volume = open(&args.dir, sync, args.memory)?;
     config(&volume, &base);
     let before = anonymous()?;
-    let (line, most) = watched(|| match args.what {
-        What::Lazy | What::Immediate => inserts(&volume, &base, args.what),
-        What::Bulk => bulk(&volume, &base),
-        What::Churn => churn(&volume, &base, &args.dir),
-        What::Open => first_answer(args),
-    })?;
+    let (line, most) = watched(|| work(&volume, &base))?;
     let mut line = line?;
     // Beside the base that is held here.
     line["most_anonymous_mb"] = json!(most.saturating_sub(before) as f64 * 1024.0 / 1e6);
-    println!("{line}");
-    volume.close().map_err(|error| error.to_string())
+    volume.close().map_err(|error| error.to_string())?;
+    Ok(line)
 }
 
 fn inserts(volume: &Volume, base: &Rows, what: What) -> Result<serde_json::Value, String> {
@@ -208,10 +204,9 @@ fn bulk(volume: &Volume, base: &Rows) -> Result<serde_json::Value, String> {
 
 fn first_answer(args: &StoreArgs) -> Result<serde_json::Value, String> {
     // What is asked with is all that is kept of the base: memory is measured.
-    let queries: Vec<Query> = {
+    let queries = {
         let base = read_rows(args, args.rows)?;
-        let count = base.bytes.len() / base.space.row_bytes();
-        (0..QUERIES).map(|n| query(&base, n * count / QUERIES, 10, false)).collect()
+        from_all_over(&base, base.bytes.len() / base.space.row_bytes(), QUERIES)
     };
     let began = Instant::now();
     let volume = open(&args.dir, SyncMode::Lazy, args.memory)?;
@@ -219,17 +214,12 @@ fn first_answer(args: &StoreArgs) -> Result<serde_json::Value, String> {
     let answer = volume.search(&queries[0], &mut |_, _, _| true).map_err(|error| error.to_string())?;
     let answered = began.elapsed().as_secs_f64();
     let (searches, most) = load(&volume, &queries, Duration::from_secs_f64(args.seconds))?;
-    let (mut right, mut all) = (0, 0);
-    for query in &queries {
-        let (found, truth) = asked(&volume, query)?;
-        right += found.iter().filter(|hit| truth.contains(hit)).count();
-        all += truth.len();
-    }
+    let recall = recall(&volume, &queries)?;
     let (gave_up, late) = deadlines(&volume, &queries);
     let line = json!({
         "gave_up": gave_up,
         "past_deadline_ms": late * 1e3,
-        "recall": right as f64 / all as f64,
+        "recall": recall,
         "searches_per_second": searches,
         "most_anonymous_mb": most as f64 * 1024.0 / 1e6,
         "points": volume.report(FileId::ROOT).collections.iter().map(|collection| collection.points).sum::<u64>(),
@@ -326,10 +316,15 @@ fn anonymous() -> Result<u64, String> {
 
 const FILE_ROWS: usize = 100;
 
-fn recall(volume: &Volume, base: &Rows, count: usize) -> Result<f64, String> {
+/// So many queries, rows spread over the first `count`.
+fn from_all_over(base: &Rows, count: usize, queries: usize) -> Vec<Query> {
+    (0..queries).map(|n| query(base, n * count / queries, 10, false)).collect()
+}
+
+fn recall(volume: &Volume, queries: &[Query]) -> Result<f64, String> {
     let (mut right, mut all) = (0, 0);
-    for n in 0..200 {
-        let (found, truth) = asked(volume, &query(base, n * count / 200, 10, false))?;
+    for query in queries {
+        let (found, truth) = asked(volume, query)?;
         right += found.iter().filter(|hit| truth.contains(hit)).count();
         all += truth.len();
     }
@@ -353,7 +348,8 @@ fn churn(volume: &Volume, base: &Rows, dir: &Path) -> Result<serde_json::Value, 
         put(volume, n as u64, rows, base, 0)?;
     }
     volume.optimize(false).map_err(|error| error.to_string())?;
-    let fresh = recall(volume, base, half * FILE_ROWS)?;
+    let queries = from_all_over(base, half * FILE_ROWS, 200);
+    let fresh = recall(volume, &queries)?;
     let live = space(dir)?;
     let (mut recalls, mut spaces) = (Vec::new(), Vec::new());
     for round in 0..10 {
@@ -368,7 +364,7 @@ fn churn(volume: &Volume, base: &Rows, dir: &Path) -> Result<serde_json::Value, 
             before = space(dir)?;
             std::thread::sleep(std::time::Duration::from_millis(1_500));
         }
-        recalls.push(recall(volume, base, half * FILE_ROWS)?);
+        recalls.push(recall(volume, &queries)?);
         spaces.push(space(dir)? as f64 / live as f64);
     }
     Ok(json!({ "points": half * FILE_ROWS, "recall_fresh": fresh, "recall": recalls, "space_by_live": spaces }))
