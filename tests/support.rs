@@ -105,8 +105,26 @@ impl Volume {
     }
 
     pub fn umount(&self) {
+        self.note_stacks();
         let output = self.command(&["umount", self.mnt().to_str().unwrap()]);
         assert!(output.status.success(), "umount: {}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    /// Writes down how much stack the daemon's handlers took, for `make test` to tell the most.
+    fn note_stacks(&self) {
+        // A dead daemon has nothing to tell, and another user's doesn't answer us.
+        let Ok(text) = fs::read(self.path(".vexfs/stats.json")) else { return };
+        let stats: Value = serde_json::from_slice(&text).unwrap();
+        let lines: Vec<String> =
+            stats["stack"].as_object().unwrap().iter().map(|(what, bytes)| format!("{bytes} {what}\n")).collect();
+        let noted = Path::new(env!("CARGO_TARGET_TMPDIR")).join("stacks");
+        fs::File::options()
+            .create(true)
+            .append(true)
+            .open(noted)
+            .unwrap()
+            .write_all(lines.concat().as_bytes())
+            .unwrap();
     }
 
     pub fn remount(&self) {
@@ -164,6 +182,9 @@ impl Volume {
 impl Drop for Volume {
     fn drop(&mut self) {
         if self.is_mounted() {
+            if !std::thread::panicking() {
+                self.note_stacks();
+            }
             // Also after a failed test: files may still be open.
             if let Err(error) = rustix::mount::unmount(self.mnt(), rustix::mount::UnmountFlags::DETACH) {
                 eprintln!("{} stays mounted: {error}", self.mnt().display());

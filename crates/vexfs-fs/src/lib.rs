@@ -12,6 +12,7 @@ mod events;
 mod files;
 pub mod formats;
 mod fuse;
+mod handling;
 mod ingest;
 mod listing;
 pub mod mount;

@@ -25,6 +25,7 @@ use crate::control::obey;
 use crate::errors::{Failure, name};
 use crate::events::place;
 use crate::formats::Format;
+use crate::handling;
 use crate::ingest::Ingest;
 use crate::nodes::{Nodes, VIRTUAL_BASE};
 use crate::service::{Service, join};
@@ -445,7 +446,8 @@ impl Views {
             "pid": std::process::id(),
             "io": *self.io.lock(),
             "strict": self.facts.strict,
-            "panics": crate::fuse::PANICS.load(std::sync::atomic::Ordering::Relaxed),
+            "panics": handling::PANICS.load(std::sync::atomic::Ordering::Relaxed),
+            "stack": handling::stacks(),
             "version": env!("CARGO_PKG_VERSION"),
         });
         let mut report = serde_json::to_value(&report).map_err(|_| Errno::IO)?;
