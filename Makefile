@@ -11,6 +11,9 @@ PACKAGES := $(shell command -v fusermount3 >/dev/null || echo fuse3) \
             $(shell command -v rsync >/dev/null || echo rsync) \
             $(shell command -v cc >/dev/null || echo gcc libc6-dev)
 
+# How much stack the daemons of the tests on a mount took, by operation.
+STACKS := $(or $(CARGO_TARGET_DIR),target)/tmp/stacks
+
 .PHONY: test demo packages
 
 packages:
@@ -23,7 +26,9 @@ packages:
 test: packages
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
+	rm -f $(STACKS)
 	VEXFS_REQUIRE_FUSE=$(if $(wildcard /dev/fuse),1) cargo test --workspace --locked
+	@sort -rn $(STACKS) | awk '!seen[$$2]++ { printf "%s%s %s", n++ ? ", " : "most stack, bytes: ", $$2, $$1 } END { print "" }'
 	cargo test -p vexfs-store --features schedules --lib --locked schedules
 
 demo: packages

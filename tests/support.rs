@@ -11,6 +11,9 @@ use tempfile::TempDir;
 
 pub const VEXFS: &str = env!("CARGO_BIN_EXE_vexfs");
 
+/// Bytes of stack that a request's handler may take, from its thread's first frame.
+const MOST_STACK: u64 = 6144;
+
 /// True where a test can't run; it has said why, or failed if it must run.
 pub fn skip(missing: bool, why: &str) -> bool {
     if missing {
@@ -110,13 +113,17 @@ impl Volume {
         assert!(output.status.success(), "umount: {}", String::from_utf8_lossy(&output.stderr));
     }
 
-    /// Writes down how much stack the daemon's handlers took, for `make test` to tell the most.
+    /// Checks how much stack the daemon's handlers took, and writes it down for `make test` to tell the most.
     fn note_stacks(&self) {
         // A dead daemon has nothing to tell, and another user's doesn't answer us.
         let Ok(text) = fs::read(self.path(".vexfs/stats.json")) else { return };
         let stats: Value = serde_json::from_slice(&text).unwrap();
-        let lines: Vec<String> =
-            stats["stack"].as_object().unwrap().iter().map(|(what, bytes)| format!("{bytes} {what}\n")).collect();
+        let line = |(what, bytes): (&String, &Value)| {
+            let bytes = bytes.as_u64().unwrap();
+            assert!(bytes <= MOST_STACK || what == "pool", "{what}: {bytes} bytes of stack");
+            format!("{bytes} {what}\n")
+        };
+        let lines: Vec<String> = stats["stack"].as_object().unwrap().iter().map(line).collect();
         let noted = Path::new(env!("CARGO_TARGET_TMPDIR")).join("stacks");
         fs::File::options()
             .create(true)

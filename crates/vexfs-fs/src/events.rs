@@ -13,6 +13,7 @@ use crate::embedding::Value;
 use crate::errors::Failure;
 use crate::ingest::{Ingest, When, is_interesting};
 use crate::nodes::Nodes;
+use crate::pool::Pool;
 
 /// Why a file's bytes are looked at.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
@@ -79,6 +80,8 @@ pub struct IndexEvents {
     pub ingest: Arc<Ingest>,
     /// Knows where directories are.
     pub nodes: Arc<Nodes>,
+    /// Reads, commits and moves there.
+    pub pool: Arc<Pool>,
 }
 
 impl IndexEvents {
@@ -90,7 +93,7 @@ impl IndexEvents {
         if self.ingest.volume.knows_dir(dir) {
             self.place(to.0);
             self.ingest.volume.set_dir(dir, link(to.0, to.1));
-            self.ingest.dir_moved(dir, from, to.0);
+            self.pool.run(|| self.ingest.dir_moved(dir, from, to.0));
         }
     }
 }
@@ -123,7 +126,7 @@ impl Events for IndexEvents {
         self.place(parent);
         // A file that was just made is read when it is closed; one that came from beneath us is read now.
         if self.ingest.linked(parent, name, file) && !created {
-            self.ingest.read_known(file, When::Quiet);
+            self.pool.run(|| self.ingest.read_known(file, When::Quiet));
         }
     }
 
@@ -136,16 +139,18 @@ impl Events for IndexEvents {
             Cause::Flush | Cause::Fsync | Cause::Setattr => When::Now,
             Cause::Release => When::Quiet,
         };
-        self.ingest.read(file, fd, when).map_err(failed)?;
-        match cause {
-            Cause::Fsync => self.ingest.commit().map_err(failed),
-            Cause::Flush | Cause::Release | Cause::Setattr => Ok(()),
-        }
+        self.pool.run(|| {
+            self.ingest.read(file, fd, when).map_err(failed)?;
+            match cause {
+                Cause::Fsync => self.ingest.commit().map_err(failed),
+                Cause::Flush | Cause::Release | Cause::Setattr => Ok(()),
+            }
+        })
     }
 
     fn may_attach(&self, parent: FileId, file: FileId, value: &Value) -> Result<Vec<u8>, Errno> {
         self.place(parent);
-        self.ingest.may_attach(parent, file, value).map_err(|refusal| {
+        self.pool.run(|| self.ingest.may_attach(parent, file, value)).map_err(|refusal| {
             log::info!("inode {}: {}", file.0, refusal.reason);
             refusal.errno
         })
@@ -153,7 +158,7 @@ impl Events for IndexEvents {
 
     fn attached(&self, parent: FileId, name: &OsStr, file: FileId, fd: BorrowedFd<'_>) -> Result<(), Errno> {
         self.place(parent);
-        self.ingest.attached(file, link(parent, name), fd).map_err(|refusal| {
+        self.pool.run(|| self.ingest.attached(file, link(parent, name), fd)).map_err(|refusal| {
             log::info!("inode {}: {}", file.0, refusal.reason);
             refusal.errno
         })
@@ -177,11 +182,11 @@ impl Events for IndexEvents {
     }
 
     fn synced_dir(&self) -> Result<(), Errno> {
-        self.ingest.commit().map_err(|failure| failure.errno)
+        self.pool.run(|| self.ingest.commit()).map_err(|failure| failure.errno)
     }
 
     fn unlinked(&self, parent: FileId, name: &OsStr, file: FileId) {
-        self.ingest.unlinked(parent, name, file);
+        self.pool.run(|| self.ingest.unlinked(parent, name, file));
     }
 
     fn removed_dir(&self, dir: FileId) {
@@ -204,14 +209,14 @@ impl Events for IndexEvents {
         {
             self.place(to.parent);
             self.place(from.parent);
-            match other {
-                Some((file, false)) => return self.ingest.exchanged((moved.file, &from), (file, &to)),
-                _ => self.ingest.renamed(moved.file, &from, &to, replaced.map(|(file, _)| file)),
+            if let Some((file, false)) = other {
+                return self.pool.run(|| self.ingest.exchanged((moved.file, &from), (file, &to)));
             }
+            self.pool.run(|| self.ingest.renamed(moved.file, &from, &to, replaced.map(|(file, _)| file)));
         }
         match other {
             Some((dir, true)) => self.dir_moved(dir, to.parent, moved.from),
-            Some((file, false)) => self.ingest.renamed(file, &to, &from, None),
+            Some((file, false)) => self.pool.run(|| self.ingest.renamed(file, &to, &from, None)),
             None => {}
         }
     }

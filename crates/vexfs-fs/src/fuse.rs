@@ -24,6 +24,7 @@ use crate::files::{Entry, Files, Handle, SetAttr, SetTime};
 use crate::handling::Handling;
 use crate::listing::Listing;
 use crate::nodes::VIRTUAL_BASE;
+use crate::pool::Pool;
 use crate::views::{Kind as VirtualKind, Listed, Views, VirtualAttr};
 use crate::walk::RESERVED;
 
@@ -47,6 +48,7 @@ struct OpenFile {
 pub struct Fuse {
     files: Arc<Files>,
     views: Arc<Views>,
+    pool: Arc<Pool>,
     next: AtomicU64,
     open: RwLock<HashMap<u64, Arc<OpenFile>>>,
     dirs: RwLock<HashMap<u64, Arc<Dir>>>,
@@ -152,12 +154,13 @@ fn virtual_attr(node: &VirtualAttr) -> FileAttr {
 const GENERATION: Generation = Generation(0);
 
 impl Fuse {
-    /// Over real files and virtual views. `stack_depth`: how many layers of stacked file systems may lie below for
+    /// Over real files and virtual views, whose answers are worked out on `pool`. `stack_depth`: how many layers of stacked file systems may lie below for
     /// kernel passthrough (1, or 2 where the source is on one itself).
-    pub fn new(files: Arc<Files>, views: Arc<Views>, stack_depth: u32) -> Fuse {
+    pub fn new(files: Arc<Files>, views: Arc<Views>, pool: Arc<Pool>, stack_depth: u32) -> Fuse {
         Fuse {
             files,
             views,
+            pool,
             next: AtomicU64::new(1),
             open: RwLock::default(),
             dirs: RwLock::default(),
@@ -165,6 +168,11 @@ impl Fuse {
             passthrough: AtomicBool::new(true),
             stack_depth,
         }
+    }
+
+    /// What a virtual node answers.
+    fn virtually<T: Send>(&self, work: impl FnOnce(&Views) -> Result<T, Sys> + Send) -> Result<T, Sys> {
+        self.pool.run(|| work(&self.views))
     }
 
     fn number(&self) -> u64 {
@@ -274,7 +282,7 @@ impl Filesystem for Fuse {
     fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let handling = Handling::of("lookup");
         if parent.0 >= VIRTUAL_BASE || name == RESERVED {
-            return match handling.guard(|| self.views.lookup(caller(request), parent.0, name)) {
+            return match handling.guard(|| self.virtually(|views| views.lookup(caller(request), parent.0, name))) {
                 Ok(node) => reply.entry(&NOW, &virtual_attr(&node), GENERATION),
                 Err(error) => reply.error(errno(error)),
             };
@@ -292,7 +300,7 @@ impl Filesystem for Fuse {
             Ok(())
         });
         // Nobody is answered; a panic has been logged.
-        drop(forgotten);
+        forgotten.ok();
     }
 
     fn getattr(&self, _request: &Request, ino: INodeNo, _handle: Option<FileHandle>, reply: ReplyAttr) {
@@ -423,7 +431,7 @@ impl Filesystem for Fuse {
         let handling = Handling::of("open");
         if ino.0 >= VIRTUAL_BASE {
             let writable = flags.0 & 3 != 0;
-            return match handling.guard(|| self.views.open(caller(request), ino.0, writable)) {
+            return match handling.guard(|| self.virtually(|views| views.open(caller(request), ino.0, writable))) {
                 Ok(handle) => {
                     reply.opened(FileHandle(handle), FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NOFLUSH);
                 }
@@ -481,7 +489,7 @@ impl Filesystem for Fuse {
     ) {
         let handling = Handling::of("read");
         let result = handling.guard(|| match ino.0 >= VIRTUAL_BASE {
-            true => self.views.read(caller(request), handle.0, offset, size as usize),
+            true => self.virtually(|views| views.read(caller(request), handle.0, offset, size as usize)),
             false => self.files.read(&self.file(handle)?.handle, offset, size),
         });
         match result {
@@ -504,7 +512,7 @@ impl Filesystem for Fuse {
     ) {
         let handling = Handling::of("write");
         let result = handling.guard(|| match ino.0 >= VIRTUAL_BASE {
-            true => self.views.write(caller(request), handle.0, data),
+            true => self.virtually(|views| views.write(caller(request), handle.0, data)),
             false => {
                 let strip = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
                 self.files.write(&self.file(handle)?.handle, offset, data, strip)
@@ -562,7 +570,7 @@ impl Filesystem for Fuse {
         let handling = Handling::of("opendir");
         let opened = handling.guard(|| {
             Ok(match ino.0 >= VIRTUAL_BASE {
-                true => Dir::Virtual(Mutex::new(self.views.list(caller(request), ino.0)?)),
+                true => Dir::Virtual(Mutex::new(self.virtually(|views| views.list(caller(request), ino.0))?)),
                 false => Dir::Real(Mutex::new(Listing::new(self.files.open_dir(ino.0)?, ino.0))),
             })
         });
@@ -808,7 +816,7 @@ impl Fuse {
         let dir = self.dir(handle)?;
         let Dir::Virtual(snapshot) = &*dir else { return Err(Sys::NOTDIR) };
         if offset == 0 {
-            let fresh = self.views.list(caller, ino)?;
+            let fresh = self.virtually(|views| views.list(caller, ino))?;
             *snapshot.lock() = fresh;
         }
         let listed = snapshot.lock().clone();

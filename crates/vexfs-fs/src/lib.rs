@@ -17,6 +17,7 @@ mod ingest;
 mod listing;
 pub mod mount;
 mod nodes;
+mod pool;
 mod reopen;
 mod service;
 mod source;

@@ -21,6 +21,7 @@ use crate::files::Files;
 use crate::fuse::{self, Fuse, Loops};
 use crate::ingest::{Ingest, When};
 use crate::nodes::Nodes;
+use crate::pool::Pool;
 use crate::source::Source;
 use crate::views::{MountFacts, Views};
 use crate::walk::{RESERVED, walk};
@@ -167,11 +168,12 @@ pub fn mount(options: &MountOptions) -> Result<Mounted, MountError> {
         state: state.to_string_lossy().into_owned(),
         strict: options.strict,
     };
-    let events = IndexEvents { ingest: Arc::clone(&ingest), nodes: Arc::clone(&nodes) };
+    let pool = Arc::new(Pool::new(LOOPS).map_err(|why| error("threads", why))?);
+    let events = IndexEvents { ingest: Arc::clone(&ingest), nodes: Arc::clone(&nodes), pool: Arc::clone(&pool) };
     let files = Arc::new(Files::new(Arc::clone(&nodes), Arc::new(events)));
     let access = Gate::new(Arc::clone(&files_root)).map_err(owned)?;
     let views = Arc::new(Views::new(Arc::clone(&ingest), access, nodes, facts));
-    let fuse = Fuse::new(files, views, stack_depth(&files_root));
+    let fuse = Fuse::new(files, views, pool, stack_depth(&files_root));
 
     let server = start(fuse, &mountpoint, &source, &options.options)?;
     // The kernel has been answered: this stat goes to our own threads, as any caller's does, and from a thread that
