@@ -131,6 +131,35 @@ fn an_attached_vector_follows_names_and_survives_what_changes_the_file() {
     assert!(v.near("", &[0.0, 1.0, 0.0], 9).is_empty());
 }
 
+/// The daemon learns a file's name for an attached vector only when one is set, whichever name was used before.
+#[test]
+fn a_vector_is_attached_under_the_name_that_the_file_has_then() {
+    let Some(v) = Volume::new(&[]) else { return };
+    let near = || v.near("", &[1.0, 0.0], 9);
+    let attach = |name: &str| set(&v.path(name), TEXT, "[1, 0]").unwrap();
+    v.write("first.jpg", "");
+    fs::rename(v.path("first.jpg"), v.path("second.jpg")).unwrap();
+    attach("second.jpg");
+    assert_eq!(near(), ["second.jpg"]);
+    rustix::fs::removexattr(v.path("second.jpg"), TEXT).unwrap();
+    // Saved by a link and the removal of the old name, as some programs do.
+    fs::hard_link(v.path("second.jpg"), v.path("third.jpg")).unwrap();
+    fs::remove_file(v.path("second.jpg")).unwrap();
+    attach("third.jpg");
+    assert_eq!(near(), ["third.jpg"]);
+    rustix::fs::removexattr(v.path("third.jpg"), TEXT).unwrap();
+    fs::create_dir_all(v.path("deep/down")).unwrap();
+    fs::rename(v.path("third.jpg"), v.path("deep/down/fourth.jpg")).unwrap();
+    fs::rename(v.path("deep"), v.path("shallow")).unwrap();
+    attach("shallow/down/fourth.jpg");
+    assert_eq!(near(), ["shallow/down/fourth.jpg"]);
+    // Without a name it can have a vector, which is in no answer.
+    let open = fs::File::open(v.path("shallow/down/fourth.jpg")).unwrap();
+    fs::remove_file(v.path("shallow/down/fourth.jpg")).unwrap();
+    rustix::fs::fsetxattr(&open, TEXT, b"[0, 1]", XattrFlags::empty()).unwrap();
+    assert!(near().is_empty());
+}
+
 #[test]
 fn an_attached_vector_survives_remounts_kills_and_changes_beneath() {
     let Some(v) = photographs() else { return };

@@ -421,7 +421,7 @@ impl Files {
 
     fn settle(&self, id: u64, place: (u64, &OsStr)) {
         if let Ok(node) = self.nodes.get(id) {
-            node.settle(place);
+            node.settle(place, false);
         }
     }
 
@@ -692,22 +692,21 @@ impl Files {
         if flags.contains(XattrFlags::REPLACE) && known.is_none() {
             return Err(Errno::NODATA);
         }
-        let (parent, name) = self.nodes.place(node.file()).ok_or(Errno::STALE)?;
-        let there = self.nodes.get(parent.0).and_then(|dir| self.peek(&dir, &name)).is_ok_and(|(id, _)| id == node.id);
-        if !there && stat.st_nlink > 0 {
-            // Its name is one that the kernel has not asked for yet.
-            return Err(Errno::STALE);
-        }
+        let place = match self.nodes.name_of(node) {
+            // A file without a name is in no answer.
+            Err(Errno::STALE) if stat.st_nlink == 0 => None,
+            place => Some(place?),
+        };
+        let parent = place.as_ref().map_or(FileId::ROOT, |(parent, _)| *parent);
         let bytes = self.events.may_attach(parent, node.file(), value)?;
         rustix::fs::setxattr(&path, embedding::BINARY, &bytes, XattrFlags::empty())?;
         match rustix::fs::removexattr(&path, embedding::TEXT) {
             Ok(()) | Err(Errno::NODATA) => {}
             Err(errno) => return Err(errno),
         }
-        match there {
-            true => self.events.attached(parent, &name, node.file(), node.fd.as_fd()),
-            // A file without a name is in no answer.
-            false => Ok(()),
+        match place {
+            Some((parent, name)) => self.events.attached(parent, &name, node.file(), node.fd.as_fd()),
+            None => Ok(()),
         }
     }
 

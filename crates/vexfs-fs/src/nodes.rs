@@ -7,16 +7,17 @@
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
-use rustix::fs::{FileType, Stat};
+use rustix::fs::{AtFlags, CWD, FileType, Stat};
 use rustix::io::Errno;
 use vexfs_store::FileId;
 
-use crate::reopen::Reopener;
+use crate::reopen::{Reopener, path_of};
 
 /// First number of virtual nodes.
 pub const VIRTUAL_BASE: u64 = 0xf000_0000_0000_0000;
@@ -33,7 +34,7 @@ pub struct Node {
     /// On the root's file system, where numbers are the store's.
     pub native: bool,
     lookups: AtomicU64,
-    /// A directory's only name, or the name by which a file was last met.
+    /// A directory's only name; of a file that had several at a time, the one by which it was last met.
     place: Mutex<Option<(u64, OsString)>>,
     /// One of its names is a vector file's.
     pub interesting: AtomicBool,
@@ -110,7 +111,7 @@ impl Nodes {
         let known = self.known.read();
         let node = known.get(&id)?;
         node.lookups.fetch_add(1, Ordering::AcqRel);
-        node.settle(place);
+        node.settle(place, stat.st_nlink > 1);
         Some(Arc::clone(node))
     }
 
@@ -124,7 +125,7 @@ impl Nodes {
             Arc::new(self.node(id, fd, stat))
         });
         node.lookups.fetch_add(1, Ordering::AcqRel);
-        node.settle(place);
+        node.settle(place, stat.st_nlink > 1);
         (Arc::clone(node), fresh)
     }
 
@@ -144,11 +145,39 @@ impl Nodes {
         }
     }
 
-    /// Where a directory is, or a file under one of its names, as far as the kernel has been told.
+    /// Where a directory is, as far as the kernel has been told.
     pub fn place(&self, dir: FileId) -> Option<(FileId, OsString)> {
         let node = self.known.read().get(&dir.0).cloned()?;
         let place = node.place.lock().clone()?;
         Some((FileId(place.0), place.1))
+    }
+
+    /// One of a file's names: ESTALE if the kernel has been told of none that is left.
+    pub fn name_of(&self, node: &Node) -> Result<(FileId, OsString), Errno> {
+        let is_there = |dir: &OwnedFd, name: &OsStr| {
+            rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|stat| self.id(&stat) == node.id)
+        };
+        let met = node.place.lock().clone();
+        if let Some((parent, name)) = met
+            && self.get(parent).is_ok_and(|dir| is_there(&dir.fd, &name))
+        {
+            return Ok((FileId(parent), name));
+        }
+        // The name under which it was opened, as that is called now.
+        let path = |node: &Node| rustix::fs::readlinkat(CWD, path_of(node.fd.as_fd()), Vec::new());
+        let root = self.get(FileId::ROOT.0)?;
+        let (above, path) = (path(&root)?.into_bytes(), path(node)?.into_bytes());
+        let above = above.strip_suffix(b"/").unwrap_or(&above);
+        let below = path.strip_prefix(above).and_then(|path| path.strip_prefix(b"/")).ok_or(Errno::STALE)?;
+        let (dir, name) = match below.iter().rposition(|byte| *byte == b'/') {
+            Some(at) => (&below[..at], &below[at + 1..]),
+            None => (&b"."[..], below),
+        };
+        let dir = rustix::fs::statat(&root.fd, dir, AtFlags::SYMLINK_NOFOLLOW).map_err(|_| Errno::STALE)?;
+        match is_there(&root.fd, OsStr::from_bytes(below)) {
+            true => Ok((FileId(self.id(&dir)), OsStr::from_bytes(name).to_owned())),
+            false => Err(Errno::STALE),
+        }
     }
 
     /// Has somebody the file open for writing?
@@ -168,13 +197,13 @@ impl Node {
         self.kind == FileType::Directory
     }
 
-    /// It is here now.
-    pub fn settle(&self, (parent, name): (u64, &OsStr)) {
-        if matches!(self.kind, FileType::Directory | FileType::RegularFile) && self.id != FileId::ROOT.0 {
-            let mut place = self.place.lock();
-            if !place.as_ref().is_some_and(|(known, called)| *known == parent && called == name) {
-                *place = Some((parent, name.to_owned()));
-            }
+    /// It is here now, and may have other names.
+    pub fn settle(&self, (parent, name): (u64, &OsStr), several: bool) {
+        let kept = if self.is_dir() { self.id != FileId::ROOT.0 } else { several };
+        let mut place = self.place.lock();
+        let same = place.as_ref().is_some_and(|(known, called)| *known == parent && called == name);
+        if (kept || place.is_some()) && !same {
+            *place = Some((parent, name.to_owned()));
         }
     }
 }
