@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod attached;
+mod beneath;
 mod crash;
 mod disks;
 mod files;

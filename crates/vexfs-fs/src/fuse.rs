@@ -30,6 +30,8 @@ use crate::walk::RESERVED;
 
 /// How long the kernel may use a name or attributes without asking: the source may change beneath us.
 const TTL: Duration = Duration::from_secs(1);
+/// The same where nobody else changes the source, but for files' attributes: a mapping's writes change them unseen.
+const LONG: Duration = Duration::from_secs(24 * 60 * 60);
 /// Virtual nodes are asked for each time.
 const NOW: Duration = Duration::ZERO;
 
@@ -56,6 +58,7 @@ pub struct Fuse {
     /// Until the kernel or a missing capability says no.
     passthrough: AtomicBool,
     stack_depth: u32,
+    exclusive: bool,
 }
 
 fn errno(error: Sys) -> Errno {
@@ -64,13 +67,6 @@ fn errno(error: Sys) -> Errno {
 
 fn caller(request: &Request) -> Caller {
     Caller { uid: request.uid(), gid: request.gid(), pid: request.pid() }
-}
-
-fn entry(handling: &Handling, reply: ReplyEntry, work: impl FnOnce() -> Result<Entry, Sys>) {
-    match handling.guard(work) {
-        Ok(entry) => reply.entry(&TTL, &attr(entry.id, &entry.stat), GENERATION),
-        Err(error) => reply.error(errno(error)),
-    }
 }
 
 fn empty(handling: &Handling, reply: ReplyEmpty, work: impl FnOnce() -> Result<(), Sys>) {
@@ -130,6 +126,11 @@ fn virtual_kind(kind: VirtualKind) -> FileType {
     }
 }
 
+/// What is not there has no attributes.
+fn nothing() -> FileAttr {
+    virtual_attr(&VirtualAttr { id: 0, kind: VirtualKind::File, mode: 0, size: 0 })
+}
+
 fn virtual_attr(node: &VirtualAttr) -> FileAttr {
     let now = SystemTime::now();
     FileAttr {
@@ -155,8 +156,8 @@ const GENERATION: Generation = Generation(0);
 
 impl Fuse {
     /// Over real files and virtual views, whose answers are worked out on `pool`. `stack_depth`: how many layers of stacked file systems may lie below for
-    /// kernel passthrough (1, or 2 where the source is on one itself).
-    pub fn new(files: Arc<Files>, views: Arc<Views>, pool: Arc<Pool>, stack_depth: u32) -> Fuse {
+    /// kernel passthrough (1, or 2 where the source is on one itself). `exclusive`: nobody else changes the source.
+    pub fn new(files: Arc<Files>, views: Arc<Views>, pool: Arc<Pool>, stack_depth: u32, exclusive: bool) -> Fuse {
         Fuse {
             files,
             views,
@@ -167,6 +168,26 @@ impl Fuse {
             backing: Mutex::default(),
             passthrough: AtomicBool::new(true),
             stack_depth,
+            exclusive,
+        }
+    }
+
+    /// How long the kernel may use a name, and the attributes of what is there.
+    fn lives(&self, stat: &Stat) -> (Duration, Duration) {
+        match (self.exclusive, Kind::from_raw_mode(stat.st_mode)) {
+            (false, _) => (TTL, TTL),
+            (true, Kind::Directory | Kind::Symlink) => (LONG, LONG),
+            (true, _) => (LONG, TTL),
+        }
+    }
+
+    fn entry(&self, handling: &Handling, reply: ReplyEntry, work: impl FnOnce() -> Result<Entry, Sys>) {
+        match handling.guard(work) {
+            Ok(entry) => {
+                let (name, attributes) = self.lives(&entry.stat);
+                reply.entry_with_ttls(&attributes, &name, &attr(entry.id, &entry.stat), GENERATION);
+            }
+            Err(error) => reply.error(errno(error)),
         }
     }
 
@@ -287,7 +308,11 @@ impl Filesystem for Fuse {
                 Err(error) => reply.error(errno(error)),
             };
         }
-        entry(&handling, reply, || self.files.lookup(parent.0, name));
+        match handling.guard(|| self.files.lookup(parent.0, name)) {
+            // The kernel keeps it that there is nothing: number 0.
+            Err(Sys::NOENT) if self.exclusive => reply.entry_with_ttls(&NOW, &LONG, &nothing(), GENERATION),
+            looked => self.entry(&handling, reply, || looked),
+        }
     }
 
     fn forget(&self, _request: &Request, ino: INodeNo, count: u64) {
@@ -312,7 +337,7 @@ impl Filesystem for Fuse {
             };
         }
         match handling.guard(|| self.files.getattr(ino.0)) {
-            Ok(entry) => reply.attr(&TTL, &attr(entry.id, &entry.stat)),
+            Ok(entry) => reply.attr(&self.lives(&entry.stat).1, &attr(entry.id, &entry.stat)),
             Err(error) => reply.error(errno(error)),
         }
     }
@@ -354,7 +379,7 @@ impl Filesystem for Fuse {
             self.files.setattr(caller(request), ino.0, open.as_ref().map(|open| &open.handle), &set)
         });
         match result {
-            Ok(entry) => reply.attr(&TTL, &attr(entry.id, &entry.stat)),
+            Ok(entry) => reply.attr(&self.lives(&entry.stat).1, &attr(entry.id, &entry.stat)),
             Err(error) => reply.error(errno(error)),
         }
     }
@@ -383,12 +408,12 @@ impl Filesystem for Fuse {
     ) {
         let handling = Handling::of("mknod");
         let made = || self.files.mknod(caller(request), (real(parent)?, name), (mode, umask), device);
-        entry(&handling, reply, made);
+        self.entry(&handling, reply, made);
     }
 
     fn mkdir(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
         let handling = Handling::of("mkdir");
-        entry(&handling, reply, || self.files.mkdir(caller(request), (real(parent)?, name), (mode, umask)));
+        self.entry(&handling, reply, || self.files.mkdir(caller(request), (real(parent)?, name), (mode, umask)));
     }
 
     fn unlink(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
@@ -404,7 +429,7 @@ impl Filesystem for Fuse {
     fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
         let handling = Handling::of("symlink");
         let made = || self.files.symlink(caller(request), real(parent)?, name, target.as_os_str());
-        entry(&handling, reply, made);
+        self.entry(&handling, reply, made);
     }
 
     fn rename(
@@ -424,7 +449,7 @@ impl Filesystem for Fuse {
 
     fn link(&self, _request: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
         let handling = Handling::of("link");
-        entry(&handling, reply, || self.files.link(real(ino)?, real(newparent)?, newname));
+        self.entry(&handling, reply, || self.files.link(real(ino)?, real(newparent)?, newname));
     }
 
     fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {

@@ -44,6 +44,8 @@ pub struct Ingest {
     configuring: Mutex<()>,
     /// Until the walk after mounting is over, files may have names that the volume hasn't heard of.
     walked: AtomicBool,
+    /// How changes beneath the mount are found: "walked" now and then, "watched", or "trusted" not to come.
+    pub beneath: Mutex<&'static str>,
     /// A file that was to be read was under none of its names: no answer is whole before the walk.
     lost: AtomicBool,
 }
@@ -75,6 +77,7 @@ impl Ingest {
             reading,
             configuring: Mutex::new(()),
             walked: AtomicBool::new(false),
+            beneath: Mutex::new("walked"),
             lost: AtomicBool::new(false),
         }
     }

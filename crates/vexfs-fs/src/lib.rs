@@ -25,6 +25,7 @@ mod umask;
 pub mod upkeep;
 mod views;
 mod walk;
+mod watch;
 pub mod wire;
 
 pub use vexfs_store::{self as store, SyncMode, index};

@@ -6,7 +6,6 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use rustix::fs::{CWD, Mode, OFlags, openat};
@@ -24,7 +23,8 @@ use crate::nodes::Nodes;
 use crate::pool::Pool;
 use crate::source::Source;
 use crate::views::{MountFacts, Views};
-use crate::walk::{RESERVED, walk};
+use crate::walk::{RESERVED, Walker};
+use crate::watch::{Stop, Watch};
 
 /// What to mount, where and how.
 #[derive(Clone, Debug)]
@@ -39,6 +39,8 @@ pub struct MountOptions {
     pub sync: SyncMode,
     /// Bytes that the index may keep in memory; `None`: as many as are useful.
     pub memory: Option<u64>,
+    /// Nobody else writes to the source: it isn't watched, and the kernel keeps what it was told.
+    pub exclusive: bool,
     /// Files that can't be indexed make close(2) fail.
     pub strict: bool,
     /// `-o` options, split at commas.
@@ -57,15 +59,12 @@ pub(crate) fn error(what: impl std::fmt::Display, why: impl std::fmt::Display) -
 /// Event loops: enough that some can wait for searches while others serve files.
 const LOOPS: usize = 6;
 
-/// How soon files of a segment that was given up are read again.
-const REREAD_EVERY: std::time::Duration = std::time::Duration::from_millis(200);
-
 /// A served mount.
 pub struct Mounted {
     mountpoint: PathBuf,
     device: u64,
     volume: Arc<Volume>,
-    stop: Arc<AtomicBool>,
+    stop: Arc<Stop>,
     walker: JoinHandle<()>,
     server: JoinHandle<io::Result<()>>,
     log: File,
@@ -173,20 +172,23 @@ pub fn mount(options: &MountOptions) -> Result<Mounted, MountError> {
     let files = Arc::new(Files::new(Arc::clone(&nodes), Arc::new(events)));
     let access = Gate::new(Arc::clone(&files_root)).map_err(owned)?;
     let views = Arc::new(Views::new(Arc::clone(&ingest), access, nodes, facts));
-    let fuse = Fuse::new(files, views, pool, stack_depth(&files_root));
+    let fuse = Fuse::new(files, views, pool, stack_depth(&files_root), options.exclusive);
 
     let server = start(fuse, &mountpoint, &source, &options.options)?;
     // The kernel has been answered: this stat goes to our own threads, as any caller's does, and from a thread that
     // serves nobody.
     let device = rustix::fs::stat(&mountpoint).map_err(|why| error(mountpoint.display(), io::Error::from(why)))?.st_dev;
-    let stop = Arc::new(AtomicBool::new(false));
+    let stop = Arc::new(Stop::new().map_err(|why| error("eventfd", why))?);
+    let exclusive = options.exclusive;
     let walker = {
         let (ingest, stop) = (Arc::clone(&ingest), Arc::clone(&stop));
         std::thread::Builder::new()
             .name("vexfs-walk".to_owned())
             .spawn(move || {
-                walk(&ingest, &stop);
-                reread(&ingest, &stop);
+                let watch = if exclusive { Watch::nothing() } else { Watch::new() };
+                let mut walker = Walker::new(&ingest, watch, &stop);
+                walker.walk();
+                walker.follow();
             })
             .map_err(|why| error("thread", why))?
     };
@@ -207,16 +209,6 @@ fn open_log(state: &OwnedFd) -> Result<File, Errno> {
     }
     rustix::fs::renameat(state, LOG, state, "log.1")?;
     Ok(File::from(open()?))
-}
-
-/// Reads files again whose segment had to be given up, until `stop`.
-fn reread(ingest: &Ingest, stop: &AtomicBool) {
-    while !stop.load(Ordering::Acquire) {
-        for file in ingest.volume.take_unread() {
-            ingest.read_known(file, When::Quiet);
-        }
-        std::thread::park_timeout(REREAD_EVERY);
-    }
 }
 
 /// How the store of a source is opened.
@@ -415,8 +407,7 @@ impl Mounted {
     /// Waits for the end of the mount, then closes the volume.
     pub fn wait(self) -> Result<(), MountError> {
         let served = self.server.join();
-        self.stop.store(true, Ordering::Release);
-        self.walker.thread().unpark();
+        self.stop.set();
         if self.walker.join().is_err() {
             log::error!("the walk panicked");
         }

@@ -3,7 +3,6 @@
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use vexfs_store::disk::DirDisk;
 use vexfs_store::{Checked, FileId, Fingerprint, SyncMode, Volume};
@@ -11,7 +10,8 @@ use vexfs_store::{Checked, FileId, Fingerprint, SyncMode, Volume};
 use crate::ingest::Ingest;
 use crate::mount::{MountError, directory, error, open_dir, store_options};
 use crate::source::Source;
-use crate::walk::{RESERVED, walk};
+use crate::walk::{RESERVED, Walker};
+use crate::watch::{Stop, Watch};
 
 /// What [`check`] found.
 pub struct Found {
@@ -54,7 +54,7 @@ pub fn rebuild(source: &Path, state: Option<&Path>) -> Result<(u64, u64), MountE
     let (volume, _) = Volume::open(disk, options).map_err(|why| failed(&why))?;
     let volume = Arc::new(volume);
     let ingest = Ingest::new(Arc::clone(&volume), files, false, Box::new(|_| false));
-    walk(&ingest, &AtomicBool::new(false));
+    Walker::new(&ingest, Watch::nothing(), &Stop::new().map_err(|why| error("eventfd", why))?).walk();
     drop(ingest);
     volume.settle().map_err(|why| failed(&why))?;
     let counts = volume.report(FileId::ROOT).files;

@@ -446,6 +446,7 @@ impl Views {
             "pid": std::process::id(),
             "io": *self.io.lock(),
             "strict": self.facts.strict,
+            "beneath": *self.ingest.beneath.lock(),
             "panics": handling::PANICS.load(std::sync::atomic::Ordering::Relaxed),
             "stack": handling::stacks(),
             "version": env!("CARGO_PKG_VERSION"),

@@ -1,13 +1,14 @@
-//! The walk over the source: finds what changed while nobody looked, in the directory's own order of names.
+//! The walk over the source: finds what changed while nobody looked, in the directory's own order of names. After it
+//! the walker looks at what changes beneath the mount.
 //!
 //! A directory's `.vexfs.toml` is read first, then its vector files by name, then the directories below, so that
 //! what is inferred from a first vector comes out the same each time.
 
 use std::collections::HashSet;
 use std::ffi::OsStr;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, Dir, FileType};
 use rustix::io::Errno;
@@ -15,14 +16,37 @@ use vexfs_store::{FileId, Link};
 
 use crate::embedding;
 use crate::ingest::{CONFIG_NAME, Ingest, When, is_interesting};
+use crate::watch::{Found, Stop, Watch};
 
 /// The name that every directory of the mount answers and none lists.
 pub const RESERVED: &str = ".vexfs";
+
+/// How often a source that can't be watched as a whole is walked.
+const AGAIN: Duration = Duration::from_secs(300);
+/// How soon files of a segment that was given up are read again.
+const REREAD_EVERY: Duration = Duration::from_millis(200);
 
 struct Folder {
     path: Vec<u8>,
     /// From the root's child down to this directory; empty for the root.
     chain: Vec<(FileId, Link)>,
+}
+
+impl Folder {
+    fn new(chain: Vec<(FileId, Link)>) -> Folder {
+        let names: Vec<&[u8]> = chain.iter().map(|(_, link)| &link.name[..]).collect();
+        Folder { path: names.join(&b'/'), chain }
+    }
+
+    fn id(&self) -> FileId {
+        self.chain.last().map_or(FileId::ROOT, |(dir, _)| *dir)
+    }
+
+    fn below(&self, dir: FileId, link: Link) -> Folder {
+        let mut chain = self.chain.clone();
+        chain.push((dir, link));
+        Folder::new(chain)
+    }
 }
 
 /// However the walk ends, nobody waits for it any longer.
@@ -34,140 +58,271 @@ impl Drop for Ended<'_> {
     }
 }
 
-/// Walks the whole source. Returns early, without drawing conclusions, when `stop` is set.
-pub fn walk(ingest: &Ingest, stop: &AtomicBool) {
-    let _ended = Ended(ingest);
-    let mut seen = HashSet::new();
-    let mut folders = vec![Folder { path: Vec::new(), chain: Vec::new() }];
-    while let Some(folder) = folders.pop() {
-        if stop.load(Ordering::Acquire) {
-            return;
+/// What a directory's names lead to, of what the index wants to know.
+#[derive(Default)]
+struct Names {
+    files: Vec<(FileId, Link)>,
+    attached: Vec<(FileId, Link)>,
+    dirs: Vec<(FileId, Link)>,
+}
+
+/// Goes through the source, and after its changes.
+pub struct Walker<'a> {
+    ingest: &'a Ingest,
+    watch: Watch,
+    stop: &'a Stop,
+}
+
+impl<'a> Walker<'a> {
+    /// `watch` is given each directory. Ends early, without drawing conclusions, when `stop` is set.
+    pub fn new(ingest: &'a Ingest, watch: Watch, stop: &'a Stop) -> Walker<'a> {
+        Walker { ingest, watch, stop }
+    }
+
+    /// Walks the whole source.
+    pub fn walk(&mut self) {
+        let _ended = Ended(self.ingest);
+        let mut seen = HashSet::new();
+        self.descend(vec![Folder::new(Vec::new())], &mut seen);
+        for file in self.ingest.volume.known_files() {
+            if self.stop.is_set() {
+                return;
+            }
+            self.drop_stale_links(file, seen.contains(&file));
         }
-        match visit(ingest, &folder, &mut seen) {
-            Ok(mut below) => folders.append(&mut below),
-            // Gone or moved while we looked: its rename or removal was told to the index.
-            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {}
-            Err(errno) => {
-                log::warn!("/{} can't be listed: {errno}", String::from_utf8_lossy(&folder.path));
+        self.ingest.volume.scan_finished();
+        if let Err(failure) = self.ingest.commit() {
+            log::error!("after the walk: {}", failure.message);
+        }
+        *self.ingest.beneath.lock() = self.watch.state();
+    }
+
+    /// After the walk: looks at what changes, and reads files again whose segment had to be given up, until `stop`.
+    pub fn follow(&mut self) {
+        let mut walked = Instant::now();
+        while !self.stop.is_set() {
+            self.watch.wait(self.stop, REREAD_EVERY);
+            self.watch.drain();
+            self.look_again();
+            for file in self.ingest.volume.take_unread() {
+                self.ingest.read_known(file, When::Quiet);
+            }
+            if self.watch.take_lost() || (self.watch.has_holes() && walked.elapsed() > AGAIN) {
+                self.walk();
+                walked = Instant::now();
             }
         }
     }
-    for file in ingest.volume.known_files() {
-        if stop.load(Ordering::Acquire) {
-            return;
-        }
-        drop_stale_links(ingest, file, seen.contains(&file));
-    }
-    ingest.volume.scan_finished();
-    if let Err(failure) = ingest.commit() {
-        log::error!("after the walk: {}", failure.message);
-    }
-}
 
-fn visit(ingest: &Ingest, folder: &Folder, seen: &mut HashSet<FileId>) -> Result<Vec<Folder>, Errno> {
-    let fd = ingest.source.open_dir(&folder.path)?;
-    let parent = folder.chain.last().map_or(FileId::ROOT, |(dir, _)| *dir);
-    let mut files = Vec::new();
-    let mut attached = Vec::new();
-    let mut below = Vec::new();
-    let mut entries = Dir::read_from(&fd)?;
-    while let Some(entry) = entries.read() {
-        let entry = entry?;
-        let name = entry.file_name().to_bytes();
+    fn descend(&mut self, mut folders: Vec<Folder>, seen: &mut HashSet<FileId>) {
+        while let Some(folder) = folders.pop() {
+            if self.stop.is_set() {
+                return;
+            }
+            match self.visit(&folder, seen) {
+                Ok(mut below) => folders.append(&mut below),
+                // Gone or moved while we looked: its rename or removal was told to the index.
+                Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {}
+                Err(errno) => {
+                    log::warn!("/{} can't be listed: {errno}", String::from_utf8_lossy(&folder.path));
+                }
+            }
+        }
+    }
+
+    fn visit(&mut self, folder: &Folder, seen: &mut HashSet<FileId>) -> Result<Vec<Folder>, Errno> {
+        let fd = self.ingest.source.open_dir(&folder.path)?;
+        self.watch.add(fd.as_fd(), folder.id(), folder.chain.last().map(|(_, link)| link));
+        let mut names = Names::default();
+        let mut entries = Dir::read_from(&fd)?;
+        while let Some(entry) = entries.read() {
+            let entry = entry?;
+            match self.look(fd.as_fd(), folder, entry.file_name().to_bytes(), entry.file_type(), &mut names) {
+                Ok(()) | Err(Errno::NOENT) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+        self.read(folder, &mut names, seen);
+        // Last in, first out: the first name is visited next.
+        names.dirs.sort_by(|a, b| b.1.name.cmp(&a.1.name));
+        Ok(names.dirs.into_iter().map(|(dir, link)| folder.below(dir, link)).collect())
+    }
+
+    /// What a name in a directory leads to; `kind` as far as it is known.
+    fn look(
+        &self,
+        fd: BorrowedFd<'_>,
+        folder: &Folder,
+        name: &[u8],
+        kind: FileType,
+        names: &mut Names,
+    ) -> Result<(), Errno> {
         let interesting = is_interesting(OsStr::from_bytes(name));
-        let may_be_dir = matches!(entry.file_type(), FileType::Directory | FileType::Unknown);
         if name == b"." || name == b".." || name == RESERVED.as_bytes() {
-            continue;
+            return Ok(());
         }
-        let may_be_file = matches!(entry.file_type(), FileType::RegularFile | FileType::Unknown);
+        let may_be_dir = matches!(kind, FileType::Directory | FileType::Unknown);
+        let may_be_file = matches!(kind, FileType::RegularFile | FileType::Unknown);
         let has_attached = may_be_file
-            && embedding::is_there(fd.as_fd(), name).unwrap_or_else(|errno| {
-                let path = [&folder.path[..], b"/", name].concat();
-                log::warn!("attributes of /{}: {errno}", String::from_utf8_lossy(&path));
-                false
-            });
+            && match embedding::is_there(fd, name) {
+                Err(errno) if errno != Errno::NOENT => {
+                    let path = [&folder.path[..], b"/", name].concat();
+                    log::warn!("attributes of /{}: {errno}", String::from_utf8_lossy(&path));
+                    false
+                }
+                there => there?,
+            };
         if !(interesting || may_be_dir || has_attached) {
-            continue;
+            return Ok(());
         }
-        let stat = match rustix::fs::statat(&fd, name, AtFlags::SYMLINK_NOFOLLOW) {
-            Ok(stat) => stat,
-            Err(Errno::NOENT) => continue,
-            Err(errno) => return Err(errno),
-        };
-        let Some(id) = ingest.source.id(&stat) else { continue };
-        let link = Link { parent, name: name.to_vec() };
+        let stat = rustix::fs::statat(fd, name, AtFlags::SYMLINK_NOFOLLOW)?;
+        let Some(id) = self.ingest.source.id(&stat) else { return Ok(()) };
+        let link = Link { parent: folder.id(), name: name.to_vec() };
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::RegularFile => {
                 if has_attached {
-                    attached.push((id, link.clone()));
+                    names.attached.push((id, link.clone()));
                 }
                 if interesting {
-                    files.push((id, link));
+                    names.files.push((id, link));
                 }
             }
-            FileType::Directory => {
-                let mut path = folder.path.clone();
-                if !path.is_empty() {
-                    path.push(b'/');
-                }
-                path.extend_from_slice(name);
-                let mut chain = folder.chain.clone();
-                chain.push((id, link));
-                below.push(Folder { path, chain });
-            }
+            FileType::Directory => names.dirs.push((id, link)),
             _ => {}
         }
+        Ok(())
     }
-    files.sort_by(|a, b| {
-        let config = |link: &Link| link.name != CONFIG_NAME.as_bytes();
-        (config(&a.1), &a.1.name).cmp(&(config(&b.1), &b.1.name))
-    });
-    // Last in, first out: the first name is visited next.
-    below.sort_by(|a, b| b.path.cmp(&a.path));
-    attached.sort_by(|a, b| a.1.name.cmp(&b.1.name));
-    if !files.is_empty() || !attached.is_empty() {
-        for (dir, link) in &folder.chain {
-            ingest.volume.set_dir(*dir, link.clone());
+
+    /// Tells the index of a directory's files, and reads those that it doesn't know as they are.
+    fn read(&mut self, folder: &Folder, names: &mut Names, seen: &mut HashSet<FileId>) {
+        let ingest = self.ingest;
+        names.files.sort_by(|a, b| {
+            let config = |link: &Link| link.name != CONFIG_NAME.as_bytes();
+            (config(&a.1), &a.1.name).cmp(&(config(&b.1), &b.1.name))
+        });
+        names.attached.sort_by(|a, b| a.1.name.cmp(&b.1.name));
+        if !names.files.is_empty() || !names.attached.is_empty() {
+            place(ingest, &folder.chain);
+        }
+        for (file, link) in names.files.drain(..) {
+            seen.insert(file);
+            ingest.linked(link.parent, OsStr::from_bytes(&link.name), file);
+            ingest.read_known(file, When::Quiet);
+            ingest.volume.scan_progress();
+            // Reading may take long: the kernel keeps no more than so many events.
+            self.watch.drain();
+        }
+        for (file, link) in names.attached.drain(..) {
+            seen.insert(file.attached());
+            ingest.volume.attach(file, vec![link]);
+            ingest.read_known(file.attached(), When::Quiet);
         }
     }
-    for (file, link) in files {
-        seen.insert(file);
-        ingest.linked(link.parent, OsStr::from_bytes(&link.name), file);
-        ingest.read_known(file, When::Quiet);
-        ingest.volume.scan_progress();
+
+    /// Looks at names that changed.
+    fn look_again(&mut self) {
+        let mut gone = HashSet::new();
+        for (dir, changed) in self.watch.due() {
+            // A directory that is no longer where it was has changed a name of another.
+            let Some(folder) = self.watch.chain(dir).map(Folder::new) else { continue };
+            let Ok(fd) = self.ingest.source.open_dir(&folder.path) else { continue };
+            if rustix::fs::fstat(&fd).ok().and_then(|stat| self.ingest.source.id(&stat)) != Some(dir) {
+                continue;
+            }
+            let mut names = Names::default();
+            for (name, is_dir) in changed {
+                let kind = if is_dir { FileType::Directory } else { FileType::RegularFile };
+                match self.look(fd.as_fd(), &folder, &name, kind, &mut names) {
+                    Ok(()) => self.read_attached(fd.as_fd(), &name),
+                    Err(Errno::NOENT) => drop(gone.insert(Link { parent: dir, name })),
+                    Err(errno) => {
+                        let path = [&folder.path[..], b"/", &name].concat();
+                        log::warn!("/{} changed and can't be looked at: {errno}", String::from_utf8_lossy(&path));
+                    }
+                }
+            }
+            self.read(&folder, &mut names, &mut HashSet::new());
+            for (dir, link) in names.dirs {
+                self.found_dir(folder.below(dir, link.clone()), &link);
+            }
+        }
+        if !gone.is_empty() {
+            self.drop_gone(&gone);
+        }
     }
-    for (file, link) in attached {
-        seen.insert(file.attached());
-        ingest.volume.attach(file, vec![link]);
-        ingest.read_known(file.attached(), When::Quiet);
+
+    /// What was attached to a changed file may be gone.
+    fn read_attached(&self, fd: BorrowedFd<'_>, name: &[u8]) {
+        let ingest = self.ingest;
+        if ingest.volume.any_attached()
+            && let Ok(stat) = rustix::fs::statat(fd, name, AtFlags::SYMLINK_NOFOLLOW)
+            && let Some(id) = ingest.source.id(&stat)
+            && ingest.volume.has_attached(id)
+        {
+            ingest.read_known(id.attached(), When::Quiet);
+        }
     }
-    Ok(below)
+
+    fn found_dir(&mut self, folder: Folder, link: &Link) {
+        match self.watch.found(folder.id(), link) {
+            Found::There => {}
+            Found::New => self.descend(vec![folder], &mut HashSet::new()),
+            Found::Moved(from) => {
+                if self.ingest.volume.knows_dir(folder.id()) {
+                    place(self.ingest, &folder.chain);
+                    let from = from.map_or(FileId::ROOT, |link| link.parent);
+                    self.ingest.dir_moved(folder.id(), from, link.parent);
+                }
+            }
+        }
+    }
+
+    /// Names that lead nowhere any more: the index may have files there, or below there.
+    fn drop_gone(&mut self, gone: &HashSet<Link>) {
+        let volume = &self.ingest.volume;
+        let dirs = self.watch.forget(gone);
+        let files = match dirs.into_iter().any(|dir| volume.knows_dir(dir)) {
+            true => volume.known_files(),
+            false => volume.files_named(gone),
+        };
+        for file in files {
+            self.drop_stale_links(file, false);
+        }
+    }
+
+    /// Takes away names under which the file is no longer found.
+    fn drop_stale_links(&self, file: FileId, seen: bool) {
+        let ingest = self.ingest;
+        if file.is_attached() && !seen {
+            // The attribute may be gone and the file there.
+            return ingest.read_known(file, When::Quiet);
+        }
+        let links = ingest.volume.links(file);
+        let file = file.holder();
+        if seen && links.len() < 2 {
+            return;
+        }
+        for link in links {
+            let Some(mut path) = ingest.volume.dir_path(link.parent) else {
+                ingest.volume.unlink(file, &link);
+                continue;
+            };
+            if !path.is_empty() {
+                path.push(b'/');
+            }
+            path.extend_from_slice(&link.name);
+            let there = ingest.source.stat(&path).is_ok_and(|stat| ingest.source.id(&stat) == Some(file));
+            // A rename through the mount may have been faster than this look: only what is still recorded goes.
+            if !there {
+                ingest.unlinked(link.parent, OsStr::from_bytes(&link.name), file);
+            }
+        }
+    }
 }
 
-/// Takes away names under which the file is no longer found.
-fn drop_stale_links(ingest: &Ingest, file: FileId, seen: bool) {
-    if file.is_attached() && !seen {
-        // The attribute may be gone and the file there.
-        return ingest.read_known(file, When::Quiet);
-    }
-    let links = ingest.volume.links(file);
-    let file = file.holder();
-    if seen && links.len() < 2 {
-        return;
-    }
-    for link in links {
-        let Some(mut path) = ingest.volume.dir_path(link.parent) else {
-            ingest.volume.unlink(file, &link);
-            continue;
-        };
-        if !path.is_empty() {
-            path.push(b'/');
-        }
-        path.extend_from_slice(&link.name);
-        let there = ingest.source.stat(&path).is_ok_and(|stat| ingest.source.id(&stat) == Some(file));
-        // A rename through the mount may have been faster than this look: only what is still recorded goes.
-        if !there {
-            ingest.unlinked(link.parent, OsStr::from_bytes(&link.name), file);
-        }
+/// The volume knows where the directory is, and those above it.
+fn place(ingest: &Ingest, chain: &[(FileId, Link)]) {
+    for (dir, link) in chain {
+        ingest.volume.set_dir(*dir, link.clone());
     }
 }

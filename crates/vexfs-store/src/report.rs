@@ -1,5 +1,6 @@
 //! What the volume tells of itself.
 
+use std::collections::HashSet;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
@@ -203,6 +204,13 @@ impl Volume {
     /// Every file that is known, with its paths relative to the root: for a walk to find those that are gone.
     pub fn known_files(&self) -> Vec<FileId> {
         self.inner.tree.read().files().map(|(file, _)| file).collect()
+    }
+
+    /// Files, and vectors attached to files, that have one of these names.
+    pub fn files_named(&self, names: &HashSet<crate::catalog::Link>) -> Vec<FileId> {
+        let tree = self.inner.tree.read();
+        let named = tree.files().filter(|(_, row)| row.links.iter().any(|link| names.contains(link)));
+        named.map(|(file, _)| file).collect()
     }
 
     /// The file's links.

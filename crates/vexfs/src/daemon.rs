@@ -36,6 +36,10 @@ pub struct MountArgs {
     /// merges. A single larger file takes more while it is built, and names are not counted [default: what is useful].
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     memory: Option<u64>,
+    /// I promise that the source is changed through this mount alone: the kernel keeps names and directories' attributes
+    /// for as long as it likes, and the source isn't watched. A change beneath may stay unseen.
+    #[arg(long)]
+    exclusive: bool,
     /// close(2) and fsync(2) of a file that can't be indexed fail.
     #[arg(long)]
     strict: bool,
@@ -82,6 +86,7 @@ pub fn mount(args: MountArgs, called: &[OsString]) -> Result<(), String> {
             Sync::Lazy => SyncMode::Lazy,
         },
         memory: args.memory,
+        exclusive: args.exclusive,
         strict: args.strict,
         options: args.options,
     };
