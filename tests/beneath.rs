@@ -1,13 +1,18 @@
 //! Changes of the source beneath the mount.
 
+use std::ffi::CString;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use rustix::fs::XattrFlags;
+use rustix::mount::{MountFlags, UnmountFlags};
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::support::{Volume, le_bytes, text};
+use crate::disks::SmallDisk;
+use crate::support::{Volume, is_root, le_bytes, skip, text};
 
 /// Waits for what comes soon, and fails if it doesn't come at all.
 fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
@@ -20,14 +25,70 @@ fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
     panic!("never came: {what}");
 }
 
+/// Also from one file system to another.
+fn move_tree(from: &Path, to: &Path) {
+    let moved = Command::new("mv").args([from, to]).output().unwrap();
+    assert!(moved.status.success(), "{}", String::from_utf8_lossy(&moved.stderr));
+}
+
+/// The first walk is over: how the source is followed then.
+fn followed(v: &Volume) -> String {
+    let mut how = String::new();
+    eventually("the first walk's end", || {
+        how = v.stats("")["beneath"].as_str().unwrap().to_owned();
+        how != "walking"
+    });
+    how
+}
+
 #[test]
 fn what_changes_beneath_is_found_while_mounted() {
     let Some(v) = Volume::new(&[]) else { return };
+    let how = followed(&v);
+    // The privileged are told by the file system, where it has handles.
+    assert!(["fanotify", "inotify"].contains(&how.as_str()), "{how}");
+    changes_beneath_are_found(&v);
+}
+
+#[test]
+fn what_changes_beneath_is_found_by_handles_on_xfs_and_btrfs() {
+    for kind in ["xfs", "btrfs"] {
+        let Some(v) = Volume::unmounted(&[]) else { return };
+        if skip(!is_root(), "a file system of its own needs root") {
+            return;
+        }
+        let Some(_disk) = SmallDisk::new(kind, 320, &v.dir.path().join("image"), &v.source()) else { return };
+        v.mount();
+        assert_eq!(followed(&v), "fanotify", "{kind}");
+        changes_beneath_are_found(&v);
+        v.umount();
+    }
+}
+
+/// An overlay has no file handles unless asked, so each directory is watched, as for those who aren't privileged.
+#[test]
+fn what_changes_beneath_is_found_by_directories_on_an_overlay() {
+    let Some(v) = Volume::unmounted(&[]) else { return };
+    if skip(!is_root(), "a file system of its own needs root") {
+        return;
+    }
+    let Some(_disk) = SmallDisk::new("ext4", 64, &v.dir.path().join("image"), &v.source()) else { return };
+    let dirs = ["lower", "upper", "work"].map(|name| v.source().join(name));
+    dirs.iter().for_each(|dir| fs::create_dir(dir).unwrap());
+    let [lower, upper, work] = dirs.map(|dir| dir.display().to_string());
+    let options = CString::new(format!("lowerdir={lower},upperdir={upper},workdir={work}")).unwrap();
+    rustix::mount::mount("overlay", v.source(), "overlay", MountFlags::empty(), Some(options.as_c_str())).unwrap();
+    v.mount();
+    assert_eq!(followed(&v), "inotify");
+    changes_beneath_are_found(&v);
+    v.umount();
+    rustix::mount::unmount(v.source(), UnmountFlags::empty()).unwrap();
+}
+
+fn changes_beneath_are_found(v: &Volume) {
     let near = |numbers: &[f32]| v.near("", numbers, 1);
     let beneath = |name: &str| v.source().join(name);
     v.write("a.vec", text(&[1.0, 0.0, 0.0]));
-    eventually("the first walk's end", || v.stats("")["beneath"] == "watched");
-
     fs::write(beneath("b.vec"), text(&[0.0, 1.0, 0.0])).unwrap();
     eventually("a new file", || near(&[0.0, 1.0, 0.0]) == ["b.vec"]);
     fs::write(beneath("a.vec"), text(&[0.0, 0.0, 1.0])).unwrap();
@@ -39,7 +100,7 @@ fn what_changes_beneath_is_found_while_mounted() {
     let outside = v.dir.path().join("outside");
     fs::create_dir_all(outside.join("deep")).unwrap();
     fs::write(outside.join("deep/d.vec"), text(&[1.0, 1.0, 0.0])).unwrap();
-    fs::rename(&outside, beneath("tree")).unwrap();
+    move_tree(&outside, &beneath("tree"));
     eventually("a tree", || near(&[1.0, 1.0, 0.0]) == ["tree/deep/d.vec"]);
     fs::write(beneath("tree/deep/e.vec"), text(&[1.0, 0.0, 1.0])).unwrap();
     eventually("a file in it", || near(&[1.0, 0.0, 1.0]) == ["tree/deep/e.vec"]);
@@ -53,7 +114,7 @@ fn what_changes_beneath_is_found_while_mounted() {
     assert_eq!(indexed(), 5);
     fs::remove_file(beneath("c.vec")).unwrap();
     eventually("a file's end", || indexed() == 4);
-    fs::rename(beneath("moved"), &outside).unwrap();
+    move_tree(&beneath("moved"), &outside);
     eventually("a directory's end", || indexed() == 1);
     fs::write(outside.join("g.vec"), text(&[1.0, 1.0, 1.0])).unwrap();
 
@@ -72,7 +133,7 @@ fn what_changes_beneath_is_found_while_mounted() {
 #[test]
 fn changes_through_the_mount_are_no_news_from_beneath() {
     let Some(v) = Volume::new(&[]) else { return };
-    eventually("the first walk's end", || v.stats("")["beneath"] == "watched");
+    followed(&v);
     for n in 0..200 {
         let at = |name: String| v.path(&name);
         v.write(&format!("{n}.vec"), text(&[n as f32, 1.0]));
@@ -93,7 +154,7 @@ fn changes_through_the_mount_are_no_news_from_beneath() {
 #[test]
 fn lost_events_make_a_walk() {
     let Some(v) = Volume::new(&[]) else { return };
-    eventually("the first walk's end", || v.stats("")["beneath"] == "watched");
+    followed(&v);
     let daemon = Pid::from_raw(v.pid()).unwrap();
     kill_process(daemon, Signal::STOP).unwrap();
     let most: usize = fs::read_to_string("/proc/sys/fs/inotify/max_queued_events").unwrap().trim().parse().unwrap();
@@ -108,7 +169,7 @@ fn lost_events_make_a_walk() {
 #[test]
 fn an_exclusive_mount_keeps_names_and_trusts() {
     let Some(v) = Volume::new(&["--exclusive"]) else { return };
-    eventually("the first walk's end", || v.stats("")["beneath"] == "trusted");
+    assert_eq!(followed(&v), "trusted");
     v.write("here.txt", "");
     assert!(!v.path("missing.txt").exists() && v.path("here.txt").exists());
     fs::remove_file(v.source().join("here.txt")).unwrap();

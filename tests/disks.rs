@@ -10,10 +10,10 @@ use rustix::io::Errno;
 use crate::support::{Random, Volume, is_root, npy, skip, text};
 
 /// A small file system of its own, mounted over a volume's source until it is dropped.
-struct SmallDisk(std::path::PathBuf);
+pub struct SmallDisk(std::path::PathBuf);
 
 impl SmallDisk {
-    fn new(kind: &str, megabytes: u64, image: &Path, mountpoint: &Path) -> Option<SmallDisk> {
+    pub fn new(kind: &str, megabytes: u64, image: &Path, mountpoint: &Path) -> Option<SmallDisk> {
         File::create(image).unwrap().set_len(megabytes << 20).unwrap();
         let made = Command::new(format!("mkfs.{kind}")).arg("-q").arg(image).output();
         if skip(!made.is_ok_and(|output| output.status.success()), &format!("no mkfs.{kind}")) {

@@ -44,7 +44,8 @@ pub struct Ingest {
     configuring: Mutex<()>,
     /// Until the walk after mounting is over, files may have names that the volume hasn't heard of.
     walked: AtomicBool,
-    /// How changes beneath the mount are found: "walked" now and then, "watched", or "trusted" not to come.
+    /// How changes beneath the mount are found: by "fanotify" or "inotify", or the source is "walked" now and then or
+    /// "trusted" not to change. "walking": the first walk isn't over.
     pub beneath: Mutex<&'static str>,
     /// A file that was to be read was under none of its names: no answer is whole before the walk.
     lost: AtomicBool,
@@ -77,7 +78,7 @@ impl Ingest {
             reading,
             configuring: Mutex::new(()),
             walked: AtomicBool::new(false),
-            beneath: Mutex::new("walked"),
+            beneath: Mutex::new("walking"),
             lost: AtomicBool::new(false),
         }
     }

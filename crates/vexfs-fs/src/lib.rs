@@ -9,6 +9,7 @@ mod control;
 mod embedding;
 pub mod errors;
 mod events;
+mod fanotify;
 mod files;
 pub mod formats;
 mod fuse;

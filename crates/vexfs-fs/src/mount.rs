@@ -3,7 +3,7 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -185,10 +185,8 @@ pub fn mount(options: &MountOptions) -> Result<Mounted, MountError> {
         std::thread::Builder::new()
             .name("vexfs-walk".to_owned())
             .spawn(move || {
-                let watch = if exclusive { Watch::nothing() } else { Watch::new() };
-                let mut walker = Walker::new(&ingest, watch, &stop);
-                walker.walk();
-                walker.follow();
+                let watch = if exclusive { Watch::nothing() } else { Watch::new(ingest.source.root().as_fd()) };
+                Walker::new(&ingest, watch, &stop).follow();
             })
             .map_err(|why| error("thread", why))?
     };

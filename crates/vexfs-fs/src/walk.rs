@@ -97,9 +97,11 @@ impl<'a> Walker<'a> {
         *self.ingest.beneath.lock() = self.watch.state();
     }
 
-    /// After the walk: looks at what changes, and reads files again whose segment had to be given up, until `stop`.
+    /// Walks, then looks at what changes, and reads files again whose segment had to be given up, until `stop`.
     pub fn follow(&mut self) {
-        let mut walked = Instant::now();
+        let mut began = Instant::now();
+        self.walk();
+        let (mut ended, mut took) = (Instant::now(), began.elapsed());
         while !self.stop.is_set() {
             self.watch.wait(self.stop, REREAD_EVERY);
             self.watch.drain();
@@ -107,9 +109,13 @@ impl<'a> Walker<'a> {
             for file in self.ingest.volume.take_unread() {
                 self.ingest.read_known(file, When::Quiet);
             }
-            if self.watch.take_lost() || (self.watch.has_holes() && walked.elapsed() > AGAIN) {
+            // On a machine so busy that events get lost again and again, walks have a tenth of the time.
+            let lost = self.watch.has_lost() && ended.elapsed() > 9 * took;
+            if lost || (self.watch.has_holes() && ended.elapsed() > AGAIN) {
+                self.watch.forget_lost();
+                began = Instant::now();
                 self.walk();
-                walked = Instant::now();
+                (ended, took) = (Instant::now(), began.elapsed());
             }
         }
     }
@@ -264,7 +270,9 @@ impl<'a> Walker<'a> {
     }
 
     fn found_dir(&mut self, folder: Folder, link: &Link) {
-        match self.watch.found(folder.id(), link) {
+        // Gone again: its directory will tell.
+        let Ok(fd) = self.ingest.source.open_dir(&folder.path) else { return };
+        match self.watch.found(fd.as_fd(), folder.id(), link) {
             Found::There => {}
             Found::New => self.descend(vec![folder], &mut HashSet::new()),
             Found::Moved(from) => {

@@ -1,9 +1,9 @@
-//! Watches the source's directories by inotify: which of their names are worth a look. An event is a hint and no more;
-//! see decision 14.
+//! Watches the source's directories: which of their names are worth a look. An event is a hint and no more; see
+//! decision 14.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -12,12 +12,22 @@ use rustix::fs::inotify::{CreateFlags, ReadFlags, Reader, WatchFlags, add_watch,
 use rustix::io::Errno;
 use vexfs_store::{FileId, Link};
 
+use crate::fanotify::{Event, Fanotify, handle_of};
 use crate::reopen::path_of;
 
 /// How long after a change its name is looked at: longer than an operation of the mount's own takes to tell the index.
 const SETTLE: Duration = Duration::from_millis(500);
 /// More changed names than that are as good as lost events: the source is walked.
 const MOST_CHANGED: usize = 1 << 20;
+
+const WANTED: WatchFlags = WatchFlags::CREATE
+    .union(WatchFlags::DELETE)
+    .union(WatchFlags::MOVED_FROM)
+    .union(WatchFlags::MOVED_TO)
+    .union(WatchFlags::CLOSE_WRITE)
+    .union(WatchFlags::ATTRIB)
+    .union(WatchFlags::ONLYDIR)
+    .union(WatchFlags::EXCL_UNLINK);
 
 /// Changed names of a directory, and whether each was a directory's.
 pub type Changed = BTreeMap<Vec<u8>, bool>;
@@ -48,8 +58,22 @@ impl Stop {
     }
 }
 
+/// Who tells of changes.
+#[derive(Default)]
+enum Teller {
+    #[default]
+    Nobody,
+    /// Of the whole file system, for the privileged; the files below cost nothing by it.
+    Fanotify(Fanotify),
+    /// Of each directory that was added; each read(2) and write(2) of a file in it takes a little longer.
+    Inotify(OwnedFd),
+}
+
+/// By what its teller knows a directory: its file handle, or a watch's number.
+type Key = Vec<u8>;
+
 struct Dir {
-    number: i32,
+    key: Key,
     /// `None`: the root.
     link: Option<Link>,
 }
@@ -57,9 +81,9 @@ struct Dir {
 /// See the module.
 #[derive(Default)]
 pub struct Watch {
-    inotify: Option<OwnedFd>,
+    teller: Teller,
     dirs: HashMap<FileId, Dir>,
-    by_number: HashMap<i32, FileId>,
+    by_key: HashMap<Key, FileId>,
     changed: HashMap<FileId, Changed>,
     names: usize,
     /// When the first of them changed.
@@ -76,10 +100,12 @@ impl Watch {
         Watch::default()
     }
 
-    /// Will watch what is added.
-    pub fn new() -> Watch {
-        match init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK) {
-            Ok(inotify) => Watch { inotify: Some(inotify), ..Watch::default() },
+    /// Will watch what is added of the source with this root.
+    pub fn new(root: BorrowedFd<'_>) -> Watch {
+        let fanotify = handle_of(root).and_then(|_| Fanotify::new(root)).map(Teller::Fanotify);
+        let inotify = || init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).map(Teller::Inotify);
+        match fanotify.or_else(|_| inotify()) {
+            Ok(teller) => Watch { teller, ..Watch::default() },
             Err(errno) => {
                 log::warn!("the source can't be watched (inotify: {errno}): it is walked now and then");
                 Watch { holes: true, ..Watch::default() }
@@ -87,27 +113,28 @@ impl Watch {
         }
     }
 
+    /// By what a directory is known from now on; it need not have been before.
+    fn key_of(&self, fd: BorrowedFd<'_>) -> Result<Key, Errno> {
+        match &self.teller {
+            Teller::Nobody => Ok(Key::new()),
+            Teller::Fanotify(_) => handle_of(fd),
+            Teller::Inotify(inotify) => Ok(add_watch(inotify, path_of(fd), WANTED)?.to_ne_bytes().to_vec()),
+        }
+    }
+
     /// Watches a directory. To be called before it is listed.
     pub fn add(&mut self, fd: BorrowedFd<'_>, dir: FileId, link: Option<&Link>) {
-        let Some(inotify) = &self.inotify else { return };
-        let wanted = WatchFlags::CREATE
-            | WatchFlags::DELETE
-            | WatchFlags::MOVED_FROM
-            | WatchFlags::MOVED_TO
-            | WatchFlags::CLOSE_WRITE
-            | WatchFlags::ATTRIB
-            | WatchFlags::ONLYDIR
-            | WatchFlags::EXCL_UNLINK;
-        match add_watch(inotify, path_of(fd), wanted) {
-            Ok(number) => {
-                self.by_number.insert(number, dir);
-                self.dirs.insert(dir, Dir { number, link: link.cloned() });
+        if matches!(self.teller, Teller::Nobody) {
+            return;
+        }
+        match self.key_of(fd) {
+            Ok(key) => {
+                self.by_key.insert(key.clone(), dir);
+                self.dirs.insert(dir, Dir { key, link: link.cloned() });
             }
             Err(errno) => {
                 if !self.holes {
-                    log::warn!(
-                        "not all directories can be watched (inotify: {errno}): the source is walked now and then"
-                    );
+                    log::warn!("not all directories can be watched ({errno}): the source is walked now and then");
                 }
                 self.holes = true;
             }
@@ -116,10 +143,11 @@ impl Watch {
 
     /// How the source is followed, in a word.
     pub fn state(&self) -> &'static str {
-        match (&self.inotify, self.holes) {
+        match (&self.teller, self.holes) {
             (_, true) => "walked",
-            (Some(_), false) => "watched",
-            (None, false) => "trusted",
+            (Teller::Fanotify(_), false) => "fanotify",
+            (Teller::Inotify(_), false) => "inotify",
+            (Teller::Nobody, false) => "trusted",
         }
     }
 
@@ -128,15 +156,24 @@ impl Watch {
         self.holes
     }
 
-    /// Were events lost? Asking forgets it.
-    pub fn take_lost(&mut self) -> bool {
-        std::mem::take(&mut self.lost)
+    /// Were events lost?
+    pub fn has_lost(&self) -> bool {
+        self.lost
+    }
+
+    /// A walk begins, which finds what they told.
+    pub fn forget_lost(&mut self) {
+        self.lost = false;
     }
 
     /// Waits for events, for `stop`, or so long.
     pub fn wait(&self, stop: &Stop, longest: Duration) {
         let mut fds = vec![PollFd::new(&stop.bell, PollFlags::IN)];
-        fds.extend(self.inotify.as_ref().map(|inotify| PollFd::new(inotify, PollFlags::IN)));
+        fds.extend(match &self.teller {
+            Teller::Nobody => None,
+            Teller::Fanotify(fanotify) => Some(PollFd::new(fanotify, PollFlags::IN)),
+            Teller::Inotify(inotify) => Some(PollFd::new(inotify, PollFlags::IN)),
+        });
         let longest = Timespec { tv_sec: longest.as_secs() as i64, tv_nsec: i64::from(longest.subsec_nanos()) };
         // A signal ends it early, and nothing else can go wrong.
         poll(&mut fds, Some(&longest)).ok();
@@ -144,44 +181,65 @@ impl Watch {
 
     /// Takes the kernel's events in.
     pub fn drain(&mut self) {
-        let Some(inotify) = self.inotify.take() else { return };
-        let mut space = [MaybeUninit::uninit(); 8192];
-        let mut events = Reader::new(inotify.as_fd(), &mut space);
-        loop {
-            match events.next() {
-                Ok(event) => {
-                    let name = event.file_name().map(|name| name.to_bytes());
-                    self.note(event.wd(), event.events(), name);
-                }
-                Err(Errno::AGAIN) => break,
-                Err(errno) => {
-                    log::warn!("inotify: {errno}");
-                    self.lost = true;
-                    break;
-                }
-            }
-        }
-        self.inotify = Some(inotify);
-    }
-
-    fn note(&mut self, number: i32, what: ReadFlags, name: Option<&[u8]>) {
-        if what.contains(ReadFlags::QUEUE_OVERFLOW) {
+        let teller = std::mem::take(&mut self.teller);
+        let ended = match &teller {
+            Teller::Nobody => return,
+            Teller::Fanotify(fanotify) => self.drain_fanotify(fanotify),
+            Teller::Inotify(inotify) => self.drain_inotify(inotify),
+        };
+        if ended != Errno::AGAIN {
+            log::warn!("the source's changes can't be read: {ended}");
             self.lost = true;
         }
-        let Some(dir) = self.by_number.get(&number).copied() else { return };
-        if what.contains(ReadFlags::IGNORED) {
-            self.by_number.remove(&number);
-            if self.dirs.get(&dir).is_some_and(|known| known.number == number) {
-                self.dirs.remove(&dir);
+        self.teller = teller;
+    }
+
+    /// Returns why there are no more.
+    fn drain_fanotify(&mut self, fanotify: &Fanotify) -> Errno {
+        let mut space = [0; 8192];
+        loop {
+            let note = |event: Event<'_>| {
+                let dir = self.by_key.get(event.handle).copied();
+                // The index was told of what the mount did; where directories are, is known here alone.
+                if let Some(dir) = dir.filter(|_| event.is_dir || !event.own) {
+                    self.note(dir, event.name, event.is_dir);
+                }
+            };
+            match fanotify.read(&mut space, note) {
+                Ok(lost) => self.lost |= lost,
+                Err(errno) => return errno,
             }
         }
-        let Some(name) = name else { return };
+    }
+
+    /// Returns why there are no more.
+    fn drain_inotify(&mut self, inotify: &OwnedFd) -> Errno {
+        let mut space = [MaybeUninit::uninit(); 8192];
+        let mut events = Reader::new(inotify, &mut space);
+        loop {
+            let event = match events.next() {
+                Ok(event) => event,
+                Err(errno) => return errno,
+            };
+            let (key, what) = (event.wd().to_ne_bytes(), event.events());
+            self.lost |= what.contains(ReadFlags::QUEUE_OVERFLOW);
+            let Some(dir) = self.by_key.get(&key[..]).copied() else { continue };
+            if what.contains(ReadFlags::IGNORED) {
+                // It is gone, and where it was is told by the directory above.
+                self.by_key.remove(&key[..]);
+            }
+            if let Some(name) = event.file_name() {
+                self.note(dir, name.to_bytes(), what.contains(ReadFlags::ISDIR));
+            }
+        }
+    }
+
+    fn note(&mut self, dir: FileId, name: &[u8], is_dir: bool) {
         if self.names == MOST_CHANGED {
             self.lost = true;
             return;
         }
         self.since.get_or_insert_with(Instant::now);
-        let is_dir = what.contains(ReadFlags::ISDIR);
         self.names += usize::from(self.changed.entry(dir).or_default().insert(name.to_vec(), is_dir).is_none());
     }
 
@@ -211,9 +269,10 @@ impl Watch {
         Some(chain)
     }
 
-    /// A directory is found under a name. `None` if it was there before; where it was, if it moved.
-    pub fn found(&mut self, dir: FileId, link: &Link) -> Found {
-        match self.dirs.get_mut(&dir) {
+    /// A directory is found under a name. Another one may have had its number before.
+    pub fn found(&mut self, fd: BorrowedFd<'_>, dir: FileId, link: &Link) -> Found {
+        let key = self.key_of(fd).ok();
+        match self.dirs.get_mut(&dir).filter(|known| key.as_ref() == Some(&known.key)) {
             None => Found::New,
             Some(known) if known.link.as_ref() == Some(link) => Found::There,
             Some(known) => Found::Moved(known.link.replace(link.clone())),
@@ -231,10 +290,10 @@ impl Watch {
         let forgotten: Vec<FileId> = self.dirs.keys().filter(|id| below(id)).copied().collect();
         for id in &forgotten {
             if let Some(dir) = self.dirs.remove(id) {
-                self.by_number.remove(&dir.number);
-                if let Some(inotify) = &self.inotify {
+                self.by_key.remove(&dir.key);
+                if let (Teller::Inotify(inotify), Ok(number)) = (&self.teller, dir.key[..].try_into()) {
                     // One that was removed has taken its watch along.
-                    remove_watch(inotify, dir.number).ok();
+                    remove_watch(inotify, i32::from_ne_bytes(number)).ok();
                 }
             }
         }
