@@ -87,6 +87,35 @@ fn foreground_serves_until_it_is_unmounted() {
 }
 
 #[test]
+fn systemd_is_told_when_the_mount_answers_goes_on_and_ends() {
+    let Some(v) = Volume::unmounted(&[]) else { return };
+    let path = v.dir.path().join("notify");
+    let socket = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+    let mut child = Command::new(VEXFS)
+        .args(["mount", "--foreground"])
+        .args([v.source(), v.mnt()])
+        .envs([("NOTIFY_SOCKET", path.to_str().unwrap()), ("WATCHDOG_USEC", "30000")])
+        .spawn()
+        .unwrap();
+    let hear = || {
+        let mut word = [0; 256];
+        let got = socket.recv(&mut word).unwrap();
+        String::from_utf8(word[..got].to_vec()).unwrap()
+    };
+    let mut heard = vec![hear()];
+    while !heard.contains(&"READY=1\n".to_owned()) {
+        heard.push(hear());
+    }
+    v.write("a.vec", "1,2");
+    for _ in 0..3 {
+        while hear() != "WATCHDOG=1\n" {}
+    }
+    v.umount();
+    while hear() != "STOPPING=1\n" {}
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
 fn a_directory_can_be_mounted_over_itself_and_its_state_kept_elsewhere() {
     let Some(v) = Volume::unmounted(&[]) else { return };
     fs::write(v.source().join("a.vec"), "1,2").unwrap();

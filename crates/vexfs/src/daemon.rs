@@ -10,11 +10,12 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use rustix::event::{PollFd, PollFlags};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use sd_notify::NotifyState;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use vexfs_fs::SyncMode;
 use vexfs_fs::mount::{MountOptions, Mounted, unmount};
 
-use crate::mounts;
+use crate::{mounts, systemd};
 
 /// Arguments of `vexfs mount`.
 #[derive(Args)]
@@ -108,6 +109,7 @@ pub fn mount(args: MountArgs, called: &[OsString]) -> Result<(), String> {
         detach()?;
     }
     static ENDING: AtomicBool = AtomicBool::new(false);
+    static OVER: AtomicBool = AtomicBool::new(false);
     let handle = signals.handle();
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -117,10 +119,20 @@ pub fn mount(args: MountArgs, called: &[OsString]) -> Result<(), String> {
                 }
             }
         });
+        let watchdog = args.foreground.then(|| scope.spawn(|| systemd::keep_watchdog(&mounted, &OVER)));
+        if args.foreground {
+            systemd::tell(NotifyState::Ready);
+        }
         while !mounted.is_over() {
             std::thread::sleep(Duration::from_millis(20));
         }
         handle.close();
+        OVER.store(true, Ordering::Release);
+        if let Some(watchdog) = watchdog {
+            watchdog.thread().unpark();
+            // Sealing what is left may take its time.
+            systemd::tell(NotifyState::Stopping);
+        }
     });
     mounted.wait().map_err(|error| error.to_string())
 }

@@ -7,6 +7,7 @@ mod log;
 mod mounts;
 mod search;
 mod status;
+mod systemd;
 mod upkeep;
 
 use std::path::PathBuf;
