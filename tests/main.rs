@@ -11,6 +11,7 @@ mod crash;
 mod disks;
 mod files;
 mod inputs;
+mod model;
 mod mounting;
 mod permissions;
 mod searching;

@@ -48,7 +48,7 @@ pub struct Moved<'a> {
 pub trait Events: Send + Sync {
     /// Does a regular file of this name hold vectors or configure a collection?
     fn interested(&self, name: &OsStr) -> bool;
-    /// A file of an interesting name is here; `created` if it was just made or linked.
+    /// A file of an interesting name is here; `created` if it was just made.
     fn seen(&self, parent: FileId, name: &OsStr, file: FileId, created: bool);
     /// An interesting file's bytes may have changed. The error is what close(2) or fsync(2) answers.
     fn changed(&self, file: FileId, fd: BorrowedFd<'_>, cause: Cause) -> Result<(), Errno>;

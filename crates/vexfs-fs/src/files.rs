@@ -341,7 +341,8 @@ impl Files {
             }
             other => other?,
         }
-        self.enter(&parent, name, None, true)
+        // Nobody will close it: what it holds is read now, if the name says that there are vectors.
+        self.enter(&parent, name, None, false)
     }
 
     /// What a name leads to, without counting a lookup.

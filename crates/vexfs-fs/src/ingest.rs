@@ -60,6 +60,10 @@ fn is_config(link: &Link) -> bool {
     link.name == CONFIG_NAME.as_bytes()
 }
 
+fn format_of(link: &Link) -> Option<Format> {
+    Format::of(OsStr::from_bytes(&link.name))
+}
+
 impl Ingest {
     /// `strict`: a file that can't be indexed makes close and fsync fail. `being_written` tells whether somebody
     /// has a file open for writing through the mount.
@@ -252,8 +256,17 @@ impl Ingest {
     pub fn unlinked(&self, parent: FileId, name: &OsStr, file: FileId) {
         let link = Link { parent, name: name.as_bytes().to_vec() };
         self.volume.unlink(file, &link);
+        self.lost_name(file, &link);
         if is_config(&link) {
             self.configure(parent, None);
+        }
+    }
+
+    /// A file is read as its first name says: again, where one that is gone may have said something else.
+    fn lost_name(&self, file: FileId, lost: &Link) {
+        let left = self.volume.links(file).into_iter().next();
+        if left.is_some_and(|left| format_of(&left) != format_of(lost)) {
+            self.reread(file);
         }
     }
 
@@ -266,15 +279,18 @@ impl Ingest {
         if is_config(from) && (from.parent != to.parent || !is_config(to)) {
             self.configure(from.parent, None);
         }
-        if is {
-            self.refresh(file, from, to);
+        if let Some(replaced) = replaced {
+            self.lost_name(replaced, to);
+        }
+        match is {
+            true => self.refresh(file, from, to),
+            false => self.lost_name(file, from),
         }
     }
 
     /// Reads a renamed file where its new name makes something else of it.
     fn refresh(&self, file: FileId, from: &Link, to: &Link) {
-        let format = |link: &Link| Format::of(OsStr::from_bytes(&link.name));
-        if format(from) != format(to) || self.misplaced(file, to) {
+        if format_of(from) != format_of(to) || self.misplaced(file, to) {
             self.reread(file);
         } else if !self.touch(file) {
             self.read_known(file, When::Now);
