@@ -86,6 +86,37 @@ fn foreground_serves_until_it_is_unmounted() {
     assert!(child.wait().unwrap().success());
 }
 
+/// Each file that the kernel knows takes a descriptor of the daemon's, and the kernel forgets by itself only when memory
+/// is short.
+#[test]
+fn more_files_are_looked_at_than_the_daemon_may_have_open() {
+    let Some(v) = Volume::unmounted(&[]) else { return };
+    let names: Vec<String> = (0..5_000).map(|n| format!("{}/{n}", n / 500)).collect();
+    (0..10).for_each(|dir| fs::create_dir(v.source().join(dir.to_string())).unwrap());
+    names.iter().for_each(|name| fs::write(v.source().join(name), name).unwrap());
+    let mount = format!("ulimit -n 1000 && exec {VEXFS} mount {} {}", v.source().display(), v.mnt().display());
+    // Without the right to raise its limits.
+    let mounted = match is_root() {
+        true => Command::new("setpriv").args(["--bounding-set", "-sys_resource", "sh", "-c", &mount]).output(),
+        false => Command::new("sh").args(["-c", &mount]).output(),
+    };
+    assert!(mounted.as_ref().is_ok_and(|output| output.status.success()), "{mounted:?}");
+    let held = fs::File::open(v.path("3/1500")).unwrap();
+    for _ in 0..3 {
+        for name in &names {
+            assert_eq!(fs::symlink_metadata(v.path(name)).unwrap().len(), name.len() as u64);
+        }
+    }
+    assert!(names.iter().all(|name| fs::read_to_string(v.path(name)).unwrap() == *name));
+    let walked = (0..10).flat_map(|dir| fs::read_dir(v.path(&dir.to_string())).unwrap());
+    assert_eq!(walked.filter(|entry| entry.as_ref().unwrap().metadata().unwrap().is_file()).count(), names.len());
+    // What somebody has open keeps its name.
+    let path = fs::read_link(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&held))).unwrap();
+    assert_eq!(path, v.path("3/1500"));
+    let open = fs::read_dir(format!("/proc/{}/fd", v.pid())).unwrap().count();
+    assert!(open < 1_000, "{open}");
+}
+
 #[test]
 fn systemd_is_told_when_the_mount_answers_goes_on_and_ends() {
     let Some(v) = Volume::unmounted(&[]) else { return };

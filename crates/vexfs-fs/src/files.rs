@@ -165,7 +165,7 @@ impl Files {
         let fd = rustix::fs::openat(&parent.fd, name, flags, Mode::empty())?;
         // What was opened counts, should the name have changed hands since.
         let stat = rustix::fs::fstat(&fd)?;
-        let node = self.nodes.add(&stat, fd, place).0;
+        let node = self.nodes.add(&stat, fd, place);
         Ok(self.met(&node, stat, parent, name, created))
     }
 
@@ -493,7 +493,7 @@ impl Files {
             Some(node) => node,
             None => {
                 let path = self.nodes.reopener.open(&fd, OFlags::PATH)?;
-                self.nodes.add(&stat, path, (parent.id, name)).0
+                self.nodes.add(&stat, path, (parent.id, name))
             }
         };
         let counted = writable.then(|| Counted::new(caller, &node));

@@ -245,6 +245,7 @@ impl Fuse {
             flags |= FopenFlags::FOPEN_NOFLUSH;
         }
         let number = self.number();
+        handle.node.handles.fetch_add(1, Ordering::AcqRel);
         self.open.write().insert(number, Arc::new(OpenFile { handle, _backing: backing }));
         (FileHandle(number), flags)
     }
@@ -573,6 +574,7 @@ impl Filesystem for Fuse {
                 self.views.release(handle.0);
             } else if let Some(open) = self.open.write().remove(&handle.0) {
                 self.files.release(&open.handle);
+                open.handle.node.handles.fetch_sub(1, Ordering::AcqRel);
                 drop(open);
                 let mut backing = self.backing.lock();
                 if backing.get(&ino.0).is_some_and(|known| known.strong_count() == 0) {
@@ -947,7 +949,24 @@ pub fn serve(fuse: Fuse, device: OwnedFd, loops: &Loops, ready: impl FnOnce()) -
     config.acl = if loops.allow_other { SessionACL::All } else { SessionACL::Owner };
     config.n_threads = Some(loops.threads);
     config.clone_fd = true;
+    let nodes = Arc::clone(&fuse.files.nodes);
     let session = Session::from_fd(fuse, device, config.acl, config)?;
-    ready();
-    session.run()
+    let notifier = session.notifier();
+    let over = AtomicBool::new(false);
+    let forget = |dir: u64, name: &OsStr| {
+        if let Err(error) = notifier.inval_entry(INodeNo(dir), name) {
+            log::debug!("{} of inode {dir} isn't forgotten: {error}", name.display());
+        }
+    };
+    std::thread::scope(|scope| {
+        // The only one that tells the kernel anything unasked.
+        let evictor = std::thread::Builder::new()
+            .name("vexfs-evict".to_owned())
+            .spawn_scoped(scope, || nodes.keep_room(&over, &forget))?;
+        ready();
+        let served = session.run();
+        over.store(true, Ordering::Release);
+        evictor.thread().unpark();
+        served
+    })
 }

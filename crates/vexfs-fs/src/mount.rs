@@ -115,27 +115,27 @@ pub(crate) fn open_dir(path: &Path) -> Result<OwnedFd, MountError> {
     openat(CWD, path, flags, Mode::empty()).map_err(|why| error(path.display(), io::Error::from(why)))
 }
 
-/// One open file for each inode that the kernel knows: as many as the system lets us have.
-fn raise_file_limit() {
+/// One open file for each inode that the kernel knows: as many as the system lets us have. Returns how many.
+fn raise_file_limit() -> usize {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
     let allowed = Rlimit { current: limit.maximum, maximum: limit.maximum };
     // What the kernel would give to the privileged, beyond what the session was given.
     let system = std::fs::read_to_string("/proc/sys/fs/nr_open").ok().and_then(|most| most.trim().parse().ok());
     let most = Rlimit { current: system, maximum: system };
-    if system.is_some() && setrlimit(Resource::Nofile, most).is_ok() {
-        return;
-    }
-    if let Err(why) = setrlimit(Resource::Nofile, allowed) {
+    if (system.is_none() || setrlimit(Resource::Nofile, most).is_err())
+        && let Err(why) = setrlimit(Resource::Nofile, allowed)
+    {
         log::warn!("the limit of open files stays at {:?}: {why}", limit.current);
     }
+    getrlimit(Resource::Nofile).current.and_then(|most| usize::try_from(most).ok()).unwrap_or(usize::MAX)
 }
 
 /// Opens the volume, reads what a crash left unread, mounts, and serves from threads of its own. Returns when the
 /// mount answers.
 pub fn mount(options: &MountOptions) -> Result<Mounted, MountError> {
     let Checked { source, mountpoint, state } = check(options)?;
-    raise_file_limit();
+    let most_files = raise_file_limit();
     // Modes come from callers, their umask taken off by the kernel; ours must not come on top.
     rustix::process::umask(Mode::empty());
     // Everything is opened before the mount: from then on no path is resolved that could lead into it.
@@ -148,7 +148,7 @@ pub fn mount(options: &MountOptions) -> Result<Mounted, MountError> {
     let state_fd = open_dir(&state)?;
     let log = open_log(&state_fd).map_err(|why| error(state.join(LOG).display(), io::Error::from(why)))?;
     let owned = |why: Errno| error(source.display(), io::Error::from(why));
-    let nodes = Arc::new(Nodes::new(rustix::io::dup(&root).map_err(owned)?).map_err(owned)?);
+    let nodes = Arc::new(Nodes::new(rustix::io::dup(&root).map_err(owned)?, most_files / 2).map_err(owned)?);
     let files_root = Arc::new(Source::new(root).map_err(owned)?);
     let store = store_options(&files_root, options.sync, options.memory);
     let (volume, recovery) =

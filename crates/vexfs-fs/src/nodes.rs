@@ -9,11 +9,13 @@ use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::thread::Thread;
+use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
-use rustix::fs::{AtFlags, CWD, FileType, Stat};
+use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, Stat, openat};
 use rustix::io::Errno;
 use vexfs_store::FileId;
 
@@ -38,6 +40,8 @@ pub struct Node {
     place: Mutex<Option<(u64, OsString)>>,
     /// One of its names is a vector file's.
     pub interesting: AtomicBool,
+    /// Handles.
+    pub handles: AtomicU32,
     /// Handles open for writing.
     pub writers: AtomicU32,
     /// Those of them whose writes take set-id bits away.
@@ -54,11 +58,21 @@ pub struct Nodes {
     root_inode: u64,
     known: RwLock<HashMap<u64, Arc<Node>>>,
     foreign: Mutex<HashMap<(u64, u64), u64>>,
+    /// With more nodes than that the kernel is asked to forget some.
+    room: usize,
+    /// Who asks it.
+    evictor: OnceLock<Thread>,
 }
 
+/// How long a new node waits where there are too many, so that they don't come faster than others go.
+const CROWDED: Duration = Duration::from_micros(100);
+/// How long the evictor waits for the kernel to forget before it goes on.
+const FORGETTING: Duration = Duration::from_millis(20);
+
 impl Nodes {
-    /// `root` is a descriptor of the source directory.
-    pub fn new(root: OwnedFd) -> Result<Nodes, Errno> {
+    /// `root` is a descriptor of the source directory, `room` how many files the kernel may know before it is asked to
+    /// forget some: each takes a descriptor.
+    pub fn new(root: OwnedFd, room: usize) -> Result<Nodes, Errno> {
         let stat = rustix::fs::fstat(&root)?;
         let nodes = Nodes {
             reopener: Reopener::new()?,
@@ -66,6 +80,8 @@ impl Nodes {
             root_inode: stat.st_ino,
             known: RwLock::new(HashMap::new()),
             foreign: Mutex::new(HashMap::new()),
+            room,
+            evictor: OnceLock::new(),
         };
         let root = nodes.node(FileId::ROOT.0, root, &stat);
         nodes.known.write().insert(FileId::ROOT.0, Arc::new(root));
@@ -81,6 +97,7 @@ impl Nodes {
             lookups: AtomicU64::new(0),
             place: Mutex::new(None),
             interesting: AtomicBool::new(false),
+            handles: AtomicU32::new(0),
             writers: AtomicU32::new(0),
             strangers: AtomicU32::new(0),
             set_id_since: Mutex::new(None),
@@ -115,18 +132,62 @@ impl Nodes {
         Some(Arc::clone(node))
     }
 
-    /// Counts a lookup of a file, opened as `fd`; true if it wasn't known.
-    pub fn add(&self, stat: &Stat, fd: OwnedFd, place: (u64, &OsStr)) -> (Arc<Node>, bool) {
+    /// Counts a lookup of a file, opened as `fd`.
+    pub fn add(&self, stat: &Stat, fd: OwnedFd, place: (u64, &OsStr)) -> Arc<Node> {
         let id = self.id(stat);
         let mut known = self.known.write();
-        let mut fresh = false;
-        let node = known.entry(id).or_insert_with(|| {
-            fresh = true;
-            Arc::new(self.node(id, fd, stat))
-        });
+        let node = known.entry(id).or_insert_with(|| Arc::new(self.node(id, fd, stat)));
         node.lookups.fetch_add(1, Ordering::AcqRel);
         node.settle(place, stat.st_nlink > 1);
-        (Arc::clone(node), fresh)
+        let node = Arc::clone(node);
+        let crowded = known.len() > self.room;
+        drop(known);
+        if crowded {
+            self.wake_evictor();
+            std::thread::sleep(CROWDED);
+        }
+        node
+    }
+
+    fn wake_evictor(&self) {
+        if let Some(evictor) = self.evictor.get() {
+            evictor.unpark();
+        }
+    }
+
+    /// Whenever there are too many nodes, has the kernel `forget` names that lead to files which nobody has open, until
+    /// half of the room is free; until `over`, and this thread is unparked. Not for a thread that serves: the kernel may
+    /// wait for an answer with the directory locked that `forget` needs.
+    pub fn keep_room(&self, over: &AtomicBool, forget: &dyn Fn(u64, &OsStr)) {
+        if self.evictor.set(std::thread::current()).is_err() {
+            return;
+        }
+        while !over.load(Ordering::Acquire) {
+            if self.known.read().len() > self.room {
+                self.evict(over, forget);
+                std::thread::park_timeout(FORGETTING);
+            } else {
+                std::thread::park();
+            }
+        }
+    }
+
+    fn evict(&self, over: &AtomicBool, forget: &dyn Fn(u64, &OsStr)) {
+        let dirs: Vec<Arc<Node>> = self.known.read().values().filter(|node| node.is_dir()).cloned().collect();
+        for dir in dirs {
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            let listed = openat(&dir.fd, c".", flags, Mode::empty()).and_then(Dir::read_from);
+            // One that can't be listed keeps what is known of it.
+            for entry in listed.into_iter().flatten().flatten() {
+                let idle = |node: &Arc<Node>| !node.is_dir() && node.handles.load(Ordering::Acquire) == 0;
+                if self.known.read().get(&entry.ino()).is_some_and(idle) {
+                    forget(dir.id, OsStr::from_bytes(entry.file_name().to_bytes()));
+                }
+            }
+            if self.known.read().len() <= self.room / 2 || over.load(Ordering::Acquire) {
+                return;
+            }
+        }
     }
 
     /// Takes lookups back; the node goes with its last one.
