@@ -443,6 +443,7 @@ fn regression_a_link_that_makes_a_vector_file_of_a_plain_one_is_read() {
 #[test]
 fn regression_what_is_written_by_a_plain_name_of_a_vector_file_is_read() {
     let Some(v) = Volume::new(&[]) else { return };
+    v.write(".vexfs.toml", SETTINGS);
     v.write("plain", "1,2,3");
     fs::hard_link(v.path("plain"), v.path("a.vec")).unwrap();
     v.remount();
