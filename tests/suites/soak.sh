@@ -6,7 +6,7 @@
 set -eu
 vexfs=$(realpath "$1") dir=$(realpath "$2")
 mkdir "$dir/source" "$dir/mnt"
-trap 'umount -l "$dir/mnt" 2>/dev/null || :; rm -rf "$dir/source" "$dir/mnt"' EXIT
+trap 'umount -l "$dir/mnt" 2>/dev/null || :; rm -rf "$dir/source" "$dir/mnt" "$dir/held"' EXIT
 "$vexfs" mount "$dir/source" "$dir/mnt"
 tell() { sed -n "s/^ *\"$1\": \"*\([a-z0-9]*\).*/\1/p" "$dir/mnt/.vexfs/stats.json" | head -1; }
 while [ "$(tell beneath)" = walking ]; do sleep 0.1; done
