@@ -372,19 +372,19 @@ fn who_brings_more_than_can_be_sealed_waits_and_nothing_is_dropped() {
 /// once grew as long as a build went on, whatever the budget.
 #[test]
 fn under_a_small_budget_heads_and_merges_stay_small() {
-    let few = Options { memory: Some(1 << 20), ..options(SyncMode::Lazy) };
+    let few = Options { memory: Some(16 << 20), ..options(SyncMode::Lazy) };
     let (volume, _) = Volume::open(Arc::new(MemDisk::default()), few).unwrap();
-    for n in 0..24 {
+    for n in 0..48 {
         let numbers = bulk(n);
-        let rows: Vec<&[f32]> = numbers.chunks_exact(4).take(2_048).collect();
+        let rows: Vec<&[f32]> = numbers.chunks_exact(4).take(1_024).collect();
         put(&volume, 10 + n, &format!("{n}.npy"), &rows);
     }
     let inner = &volume.inner;
     let collection = inner.collections.read().values().next().cloned().unwrap();
+    let most = inner.budget.rows_in_memory(&collection.schema.load_full().unwrap());
     let idle = || {
         let parts = collection.parts.load_full();
-        (!collection.head_is_full(inner.budget.head) && maintain::choose(&parts[1..], inner.budget.merge).is_empty())
-            .then_some(parts)
+        (!collection.head_is_full(inner.budget.head) && maintain::choose(&parts[1..], most).is_empty()).then_some(parts)
     };
     let parts = loop {
         match idle() {
@@ -392,11 +392,11 @@ fn under_a_small_budget_heads_and_merges_stay_small() {
             None => std::thread::sleep(std::time::Duration::from_millis(5)),
         }
     };
-    let bytes: Vec<u64> = parts.iter().map(|part| part.live_points() * 16).collect();
-    assert_eq!(bytes.iter().sum::<u64>(), 24 * 2_048 * 16);
-    assert!(bytes.iter().all(|bytes| *bytes <= inner.budget.merge), "{bytes:?}");
-    assert!(bytes.iter().any(|bytes| *bytes >= inner.budget.head as u64 * 4), "some were merged: {bytes:?}");
-    assert_eq!(near(&volume, &bulk(23)[..4], 1), ["23.npy"]);
+    let rows: Vec<u64> = parts.iter().map(|part| part.live_points()).collect();
+    assert_eq!(rows.iter().sum::<u64>(), 48 * 1_024);
+    assert!(rows.iter().all(|rows| *rows <= most), "{rows:?}");
+    assert!(rows.iter().any(|rows| *rows > most / 2), "some were merged: {rows:?}");
+    assert_eq!(near(&volume, &bulk(47)[..4], 1), ["47.npy"]);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use rustix::fs::{AtFlags, Mode, OFlags, mkdirat, openat, renameat, unlinkat};
+use rustix::fs::{AtFlags, FallocateFlags, Mode, OFlags, fallocate, mkdirat, openat, renameat, unlinkat};
 use vexfs_index::{Bytes, Region};
 
 use super::{Disk, DiskFile};
@@ -81,6 +81,14 @@ impl Disk for DirDisk {
     fn map(&self, name: &str) -> io::Result<Region> {
         let file = self.open_file(name, OFlags::RDONLY)?;
         Ok(Arc::new(Mapping(map_file(&file)?)))
+    }
+
+    fn scratch(&self, len: u64) -> io::Result<OwnedFd> {
+        // By a name that is taken away again: not every file system makes files without one.
+        let file = self.open_file("scratch", OFlags::RDWR | OFlags::CREATE | OFlags::EXCL)?;
+        self.remove("scratch")?;
+        fallocate(&file, FallocateFlags::empty(), 0, len)?;
+        Ok(file.into())
     }
 
     fn lock(&self) -> io::Result<bool> {

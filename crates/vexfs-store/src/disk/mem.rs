@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -351,6 +352,13 @@ impl MemDisk {
 }
 
 impl Disk for MemDisk {
+    fn scratch(&self, len: u64) -> io::Result<OwnedFd> {
+        self.whole_turn()?;
+        let fd = rustix::fs::memfd_create("scratch", rustix::fs::MemfdFlags::CLOEXEC)?;
+        rustix::fs::ftruncate(&fd, len)?;
+        Ok(fd)
+    }
+
     fn open(&self, name: &str) -> io::Result<Arc<dyn DiskFile>> {
         self.whole_turn()?;
         let mut names = self.0.names.lock();

@@ -339,23 +339,40 @@ fn space(dir: &Path) -> Result<u64, String> {
         .map_err(|error| error.to_string())
 }
 
+/// Queries that `churn` asks in each round.
+const CHURN_QUERIES: usize = 1_000;
+
+/// The recall of a store that was filled with these files and compacted, nothing else.
+fn fresh_recall(dir: &Path, base: &Rows, files: &[&[u8]], queries: &[Query]) -> Result<f64, String> {
+    let volume = open(dir, SyncMode::Lazy, None)?;
+    config(&volume, base);
+    for (n, rows) in files.iter().enumerate() {
+        put(&volume, n as u64, rows, base, 0)?;
+    }
+    volume.optimize(false).map_err(|error| error.to_string())?;
+    let recall = recall(&volume, queries)?;
+    drop(volume);
+    std::fs::remove_dir_all(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
+    Ok(recall)
+}
+
 fn churn(volume: &Volume, base: &Rows, dir: &Path) -> Result<serde_json::Value, String> {
     let step = base.space.row_bytes() * FILE_ROWS;
     // Half of the base is there at first; each round half of the files get the other half's rows, and back.
-    let files: Vec<&[u8]> = base.bytes.chunks_exact(step).collect();
-    let half = files.len() / 2;
-    for (n, rows) in files[..half].iter().enumerate() {
+    let all: Vec<&[u8]> = base.bytes.chunks_exact(step).collect();
+    let half = all.len() / 2;
+    let mut files = all[..half].to_vec();
+    for (n, rows) in files.iter().enumerate() {
         put(volume, n as u64, rows, base, 0)?;
     }
     volume.optimize(false).map_err(|error| error.to_string())?;
-    let queries = from_all_over(base, half * FILE_ROWS, 200);
-    let fresh = recall(volume, &queries)?;
+    let queries = from_all_over(base, all.len() * FILE_ROWS, CHURN_QUERIES);
     let live = space(dir)?;
-    let (mut recalls, mut spaces) = (Vec::new(), Vec::new());
+    let (mut recalls, mut fresh, mut spaces, mut segments) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for round in 0..10 {
         for n in (0..half).filter(|n| (n + round) % 2 == 0) {
-            let from = if round % 4 < 2 { half + n } else { n };
-            put(volume, n as u64, files[from], base, round as i128 + 1)?;
+            files[n] = all[if round % 4 < 2 { half + n } else { n }];
+            put(volume, n as u64, files[n], base, round as i128 + 1)?;
         }
         volume.settle().map_err(|error| error.to_string())?;
         // Until merges have settled.
@@ -365,7 +382,19 @@ fn churn(volume: &Volume, base: &Rows, dir: &Path) -> Result<serde_json::Value, 
             std::thread::sleep(std::time::Duration::from_millis(1_500));
         }
         recalls.push(recall(volume, &queries)?);
+        // Rows that were replaced are asked for too, and are harder than rows that are there: so beside a store of the
+        // same rows, not beside the first.
+        fresh.push(fresh_recall(&dir.join("fresh"), base, &files, &queries)?);
         spaces.push(space(dir)? as f64 / live as f64);
+        segments.push(volume.report(FileId::ROOT).collections.iter().map(|one| one.segments).sum::<u64>());
     }
-    Ok(json!({ "points": half * FILE_ROWS, "recall_fresh": fresh, "recall": recalls, "space_by_live": spaces }))
+    let worst = recalls.iter().zip(&fresh).map(|(churned, fresh)| fresh - churned).fold(f64::MIN, f64::max);
+    Ok(json!({
+        "points": half * FILE_ROWS,
+        "recall": recalls,
+        "recall_fresh": fresh,
+        "most_below_fresh": worst,
+        "space_by_live": spaces,
+        "segments": segments,
+    }))
 }
