@@ -54,6 +54,8 @@ enum What {
     Immediate,
     /// All rows as one file, until they are linked; beside the build in process.
     Bulk,
+    /// The build in process alone.
+    Build,
     /// From opening to the first answer, of a store that `bulk` left; then a load of searches, the most anonymous memory
     /// meanwhile, and the recall.
     Open,
@@ -93,7 +95,9 @@ fn put(volume: &Volume, file: u64, rows: &[u8], base: &Rows, time: i128) -> Resu
     volume.link(file, Link { parent: FileId::ROOT, name: format!("{}.npy", file.0).into_bytes() });
     let target = volume.prepare(file, base.space.dim(), base.space.element()).map_err(|error| error.to_string())?;
     let print = Fingerprint { size: rows.len() as u64, mtime: time, ctime: time };
-    volume.put(file, print, &target, rows.to_vec()).map_err(|error| error.to_string())?;
+    let mut room = volume.rows(&target, rows.len() / base.space.row_bytes());
+    room.push(rows);
+    volume.put(file, print, &target, room).map_err(|error| error.to_string())?;
     Ok(())
 }
 
@@ -115,12 +119,28 @@ fn read_rows(args: &StoreArgs, rows: Option<usize>) -> Result<Rows, String> {
     Ok(Rows { bytes, space })
 }
 
+/// What a store is filled with.
+fn read_filled(args: &StoreArgs) -> Result<Rows, String> {
+    let mut base = read_rows(args, args.rows)?;
+    if args.copies > 1 {
+        base.bytes = base.bytes.repeat(args.copies);
+    }
+    Ok(base)
+}
+
 /// Measures and prints a line of JSON.
 pub fn store(args: &StoreArgs) -> Result<(), String> {
     let line = match args.what {
         What::Open => first_answer(args)?,
         What::Lazy | What::Immediate => filled(args, |volume, base| inserts(volume, base, args.what))?,
-        What::Bulk => filled(args, bulk)?,
+        What::Bulk => {
+            let mut line = filled(args, bulk)?;
+            let alone = build_alone(args)?;
+            line["ratio"] = json!(line["linked_s"].as_f64().map(|linked| linked / alone));
+            line["build_alone_s"] = json!(alone);
+            line
+        }
+        What::Build => json!({ "build_alone_s": build_alone(args)? }),
         What::Churn => filled(args, |volume, base| churn(volume, base, &args.dir))?,
     };
     println!("{line}");
@@ -131,8 +151,7 @@ type Line = serde_json::Value;
 
 /// What `work` tells of a store that it fills from the base, and the most memory that it took.
 fn filled(args: &StoreArgs, work: impl FnOnce(&Volume, &Rows) -> Result<Line, String>) -> Result<Line, String> {
-    let mut base = read_rows(args, args.rows)?;
-    base.bytes = base.bytes.repeat(args.copies);
+    let base = read_filled(args)?;
     let sync = if matches!(args.what, What::Immediate) { SyncMode::Immediate } else { SyncMode::Lazy };
     let volume = open(&args.dir, sync, args.memory)?;
     config(&volume, &base);
@@ -188,18 +207,17 @@ fn bulk(volume: &Volume, base: &Rows) -> Result<serde_json::Value, String> {
     let visible = began.elapsed().as_secs_f64();
     volume.settle().map_err(|error| error.to_string())?;
     let linked = began.elapsed().as_secs_f64();
+    let points = base.bytes.len() / base.space.row_bytes();
+    Ok(json!({ "points": points, "visible_s": visible, "linked_s": linked }))
+}
+
+fn build_alone(args: &StoreArgs) -> Result<f64, String> {
+    let base = read_filled(args)?;
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let began = Instant::now();
     let sections = build(&base.space, &base.bytes, &Params::default(), threads, &AtomicBool::new(false));
-    let alone = began.elapsed().as_secs_f64();
-    drop(sections);
-    Ok(json!({
-        "points": base.bytes.len() / base.space.row_bytes(),
-        "visible_s": visible,
-        "linked_s": linked,
-        "build_alone_s": alone,
-        "ratio": linked / alone,
-    }))
+    let seconds = began.elapsed().as_secs_f64();
+    sections.map(|_| seconds).ok_or_else(|| "the build was interrupted".to_owned())
 }
 
 fn first_answer(args: &StoreArgs) -> Result<serde_json::Value, String> {
