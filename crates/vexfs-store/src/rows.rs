@@ -53,7 +53,9 @@ impl Volume {
             let files = |len| self.inner.disk.scratch(len);
             match Place::Files(&files).zeroed(bytes) {
                 Ok(file) => return Rows(Kept::File(file, 0)),
-                Err(error) => log::warn!("{bytes} bytes of rows are kept in memory, as there is no file for them: {error}"),
+                Err(error) => {
+                    log::warn!("{bytes} bytes of rows are kept in memory, as there is no file for them: {error}")
+                }
             }
         }
         Rows(Kept::Memory(Vec::with_capacity(bytes)))

@@ -37,7 +37,9 @@ fn put(volume: &Volume, file: u64, name: &str, rows: &[&[f32]]) {
     let target = volume.prepare(file, rows[0].len(), Element::F32).unwrap();
     let mut bytes = Vec::new();
     rows.iter().for_each(|row| target.space.encode(row, &mut bytes).unwrap());
-    assert!(volume.put(file, print(rows.len() as u64), &target, bytes).unwrap());
+    let mut room = volume.rows(&target, rows.len());
+    room.push(&bytes);
+    assert!(volume.put(file, print(rows.len() as u64), &target, room).unwrap());
 }
 
 fn nearest(vector: &[f32], k: usize) -> Query {
@@ -366,6 +368,50 @@ fn who_brings_more_than_can_be_sealed_waits_and_nothing_is_dropped() {
     for n in 0..6 {
         assert_eq!(near(&volume, &bulk(n)[..4], 1), [format!("{n}.npy")]);
     }
+}
+
+/// One file of more rows than the budget has room for, and compacting, once took a few times their bytes of memory
+/// whatever the budget: where that ended the process did.
+#[test]
+fn what_a_budget_has_no_room_for_is_built_in_a_file() {
+    for (memory, in_files) in [(None, false), (Some(1 << 20), true)] {
+        let disk = MemDisk::default();
+        let few = Options { memory, ..options(SyncMode::Lazy) };
+        let (volume, _) = Volume::open(Arc::new(disk.clone()), few).unwrap();
+        let bytes = BULK_ROWS as u64 * 16;
+        put_bulk(&volume, 10, "0.npy", 0);
+        assert_eq!(disk.scratched() >= bytes, in_files, "its rows");
+        put_bulk(&volume, 11, "1.npy", 1);
+        volume.settle().unwrap();
+        assert_eq!(disk.scratched() >= 2 * bytes + 2 * BULK_ROWS as u64 * 128, in_files, "links too");
+        let before = disk.scratched();
+        volume.optimize(false).unwrap();
+        assert_eq!(disk.scratched() >= before + 2 * bytes, in_files, "rows that are gathered");
+        assert_eq!(volume.report(FileId::ROOT).collections[0].segments, 1);
+        for n in 0..2 {
+            let walked = Query::nearest(bulk(n)[..4].to_vec(), 1);
+            let answer = volume.search(&walked, &mut |_, _, _| true).unwrap();
+            assert_eq!(answer.hits[0].path, format!("{n}.npy").into_bytes());
+        }
+    }
+}
+
+#[test]
+fn a_build_without_room_on_the_disk_fails_loses_nothing_and_is_done_when_there_is() {
+    let disk = MemDisk::default();
+    let few = Options { memory: Some(1 << 20), ..options(SyncMode::Lazy) };
+    let (volume, _) = Volume::open_still(Arc::new(disk.clone()), few).unwrap();
+    disk.fail_at(0, Fault::Always(rustix::io::Errno::NOSPC.raw_os_error()));
+    put_bulk(&volume, 10, "0.npy", 0);
+    let collection = volume.inner.collections.read().values().next().cloned().unwrap();
+    let inputs = Vec::from(&collection.parts.load()[1..]);
+    let error = maintain::rewrite(&volume.inner, &collection, &inputs).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::StorageFull);
+    assert_eq!(disk.scratched(), 0);
+    assert_eq!(near(&volume, &bulk(0)[..4], 1), ["0.npy"]);
+    disk.heal();
+    assert!(maintain::rewrite(&volume.inner, &collection, &inputs).unwrap());
+    assert_eq!(near(&volume, &bulk(0)[..4], 1), ["0.npy"]);
 }
 
 /// A build takes a few times the bytes of its rows: with a small budget neither heads nor merges may be large. Heads

@@ -215,6 +215,7 @@ struct Shared {
     names: Mutex<Names>,
     calls: AtomicU64,
     reads: AtomicU64,
+    scratched: AtomicU64,
     fault: Mutex<Option<(u64, Fault)>>,
     read_fault: Mutex<Option<(u64, i32)>>,
     watcher: Mutex<Option<Watcher>>,
@@ -234,6 +235,11 @@ impl MemDisk {
     /// Calls that read.
     pub fn reads(&self) -> u64 {
         self.0.reads.load(Ordering::SeqCst)
+    }
+
+    /// Bytes of all scratch files that were ever made.
+    pub fn scratched(&self) -> u64 {
+        self.0.scratched.load(Ordering::SeqCst)
     }
 
     /// Arms a fault for the `at`-th changing call, counted from 0 since the disk was made.
@@ -354,6 +360,7 @@ impl MemDisk {
 impl Disk for MemDisk {
     fn scratch(&self, len: u64) -> io::Result<OwnedFd> {
         self.whole_turn()?;
+        self.0.scratched.fetch_add(len, Ordering::SeqCst);
         let fd = rustix::fs::memfd_create("scratch", rustix::fs::MemfdFlags::CLOEXEC)?;
         rustix::fs::ftruncate(&fd, len)?;
         Ok(fd)
