@@ -5,9 +5,10 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
-use rustix::fs::{AtFlags, Mode, OFlags, mkdirat, openat, renameat, unlinkat};
+use rustix::fs::{AtFlags, FallocateFlags, Mode, OFlags, fallocate, mkdirat, openat, renameat, unlinkat};
 use vexfs_index::{Bytes, Region};
 
 use super::{Disk, DiskFile};
@@ -16,12 +17,14 @@ use super::{Disk, DiskFile};
 pub struct DirDisk {
     root: OwnedFd,
     lock: Mutex<Option<File>>,
+    /// Scratch files that were ever made.
+    scratches: AtomicU64,
 }
 
 impl DirDisk {
     /// `root` is a descriptor of the directory, opened before anything is mounted over it.
     pub fn new(root: OwnedFd) -> DirDisk {
-        DirDisk { root, lock: Mutex::new(None) }
+        DirDisk { root, lock: Mutex::new(None), scratches: AtomicU64::new(0) }
     }
 
     fn open_file(&self, name: &str, flags: OFlags) -> io::Result<File> {
@@ -81,6 +84,16 @@ impl Disk for DirDisk {
     fn map(&self, name: &str) -> io::Result<Region> {
         let file = self.open_file(name, OFlags::RDONLY)?;
         Ok(Arc::new(Mapping(map_file(&file)?)))
+    }
+
+    fn scratch(&self, len: u64) -> io::Result<OwnedFd> {
+        // By a name that is taken away again: not every file system makes files without one. Where a crash leaves it, the
+        // next open removes it with all that no manifest names.
+        let name = format!("segments/scratch-{}", self.scratches.fetch_add(1, Ordering::Relaxed));
+        let file = self.open_file(&name, OFlags::RDWR | OFlags::CREATE | OFlags::EXCL)?;
+        self.remove(&name)?;
+        fallocate(&file, FallocateFlags::empty(), 0, len)?;
+        Ok(file.into())
     }
 
     fn lock(&self) -> io::Result<bool> {
