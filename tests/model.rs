@@ -1,5 +1,8 @@
 //! Random operations on a mount and on a plain directory beside it: whatever the file system below does, the mount does,
-//! and a search finds what the files of the plain directory hold.
+//! and a search, wherever it is asked, finds what the files of the plain directory hold.
+//!
+//! `cargo test` takes 16 histories of up to 60 operations, `VEXFS_MODEL=HISTORIESxOPERATIONS` as many as it says. A failure
+//! is shrunk and prints the operations that are left.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
@@ -8,15 +11,16 @@ use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
 use rustix::fs::{CWD, RenameFlags, XattrFlags, renameat_with};
 use serde_json::json;
 
-use crate::support::{Volume, le_bytes, npy, text};
+use crate::support::{Volume, ask, le_bytes, npy, text};
 
-/// Histories that are tried, and operations of each; `VEXFS_MODEL` says how many histories instead.
+/// Histories that are tried, and the most operations of each.
 const HISTORIES: u32 = 16;
 const OPERATIONS: usize = 60;
 /// Numbers of a vector.
@@ -44,7 +48,15 @@ enum Operation {
     Chmod(PathBuf, u32),
     Attach(PathBuf, Vector),
     Detach(PathBuf),
+    /// A collection of its own begins at the directory.
+    Settings(PathBuf),
+    NoSettings(PathBuf),
+    /// Written, and kept open.
+    Hold(PathBuf, Vector),
+    /// One of those kept open.
+    Close(usize),
     Search(Vector),
+    Compare,
     Remount,
 }
 
@@ -59,6 +71,7 @@ fn operation() -> impl Strategy<Value = Operation> {
         (prop::sample::select(vec!["", "x", "y", "x/y"]), prop::sample::select(names.to_vec()))
             .prop_map(|(dir, name)| Path::new(dir).join(name))
     };
+    let dir = || prop::sample::select(vec!["x", "y", "x/y"]).prop_map(PathBuf::from);
     let vector = any::<Vector>;
     prop_oneof![
         6 => (path(), vector()).prop_map(|(path, vector)| Vec(path, vector)),
@@ -77,15 +90,26 @@ fn operation() -> impl Strategy<Value = Operation> {
         1 => (path(), prop::sample::select(vec![0o600, 0o644, 0o755])).prop_map(|(path, mode)| Chmod(path, mode)),
         3 => (path(), vector()).prop_map(|(path, vector)| Attach(path, vector)),
         1 => path().prop_map(Detach),
+        1 => dir().prop_map(Settings),
+        1 => dir().prop_map(NoSettings),
+        2 => (path(), vector()).prop_map(|(path, vector)| Hold(path, vector)),
+        2 => any::<usize>().prop_map(Close),
         6 => vector().prop_map(Search),
+        1 => Just(Compare),
         1 => Just(Remount),
     ]
 }
 
-/// Does it below a directory.
-fn act(root: &Path, operation: &Operation) -> io::Result<()> {
+/// One of the two directories, and its files that are kept open.
+struct Side {
+    root: PathBuf,
+    held: std::vec::Vec<fs::File>,
+}
+
+/// Does it on one side.
+fn act(side: &mut Side, operation: &Operation) -> io::Result<()> {
     use Operation::*;
-    let at = |path: &PathBuf| root.join(path);
+    let at = |path: &PathBuf| side.root.join(path);
     let rename = |from, to, flags| Ok(renameat_with(CWD, at(from), CWD, at(to), flags)?);
     match operation {
         Vec(path, vector) => fs::write(at(path), text(&floats(vector))),
@@ -106,7 +130,26 @@ fn act(root: &Path, operation: &Operation) -> io::Result<()> {
             Ok(rustix::fs::lsetxattr(at(path), EMBEDDING, &le_bytes(&floats(vector)), XattrFlags::empty())?)
         }
         Detach(path) => Ok(rustix::fs::lremovexattr(at(path), EMBEDDING)?),
-        Search(_) | Remount => Ok(()),
+        Settings(dir) => fs::write(at(dir).join(".vexfs.toml"), SETTINGS),
+        NoSettings(dir) => fs::remove_file(at(dir).join(".vexfs.toml")),
+        Hold(path, vector) => {
+            let mut file = fs::File::options().write(true).truncate(true).open(at(path))?;
+            file.write_all(text(&floats(vector)).as_bytes())?;
+            side.held.push(file);
+            Ok(())
+        }
+        Close(which) => {
+            if !side.held.is_empty() {
+                drop(side.held.remove(which % side.held.len()));
+            }
+            Ok(())
+        }
+        Search(_) | Compare => Ok(()),
+        // Nothing may be open.
+        Remount => {
+            side.held.clear();
+            Ok(())
+        }
     }
 }
 
@@ -155,8 +198,8 @@ fn tree(root: &Path) -> BTreeMap<PathBuf, Seen> {
     paths_below(root).into_iter().map(|path| (path.clone(), see(&path))).collect()
 }
 
-/// A hit: distance, inode, row, whether it is the vector attached.
-type Found = (f32, u64, u64, bool);
+/// A vector: inode, row, whether it is the one attached.
+type Point = (u64, u64, bool);
 
 fn vectors_of(path: &Path) -> Vec<Vec<f32>> {
     let bytes = fs::read(path).unwrap();
@@ -184,11 +227,6 @@ fn vectors_of(path: &Path) -> Vec<Vec<f32>> {
     }
 }
 
-fn sorted(mut found: Vec<Found>) -> Vec<Found> {
-    found.sort_by(|a, b| a.partial_cmp(b).unwrap());
-    found
-}
-
 /// Files that are called as two formats' are: which counts depends on which name was known first.
 fn ambiguous(root: &Path) -> BTreeSet<u64> {
     let of = |extension: &str| {
@@ -199,8 +237,8 @@ fn ambiguous(root: &Path) -> BTreeSet<u64> {
     of("vec").intersection(&of("npy")).copied().collect()
 }
 
-/// What a search below the plain directory would find.
-fn expected(root: &Path, query: &[f32]) -> Vec<Found> {
+/// What a search below this plain directory would find, and how far.
+fn expected(root: &Path, query: &[f32]) -> BTreeMap<Point, f32> {
     let mut found = BTreeMap::new();
     for path in paths_below(root) {
         let at = root.join(&path);
@@ -218,65 +256,108 @@ fn expected(root: &Path, query: &[f32]) -> Vec<Found> {
             }
         }
     }
-    sorted(found.into_iter().map(|((inode, row, attached), distance)| (distance, inode, row, attached)).collect())
+    found
 }
 
-/// What a search of the mount finds, told by the inodes of the plain directory.
-fn answered(v: &Volume, plain: &Path, query: &[f32]) -> Result<Vec<Found>, TestCaseError> {
-    let answer = v.ask("", &json!({ "vector": query, "k": 1000, "exact": true }));
+/// What a search below this directory of the mount finds, nearest first and nothing twice, told by the inodes of the
+/// plain one.
+fn answered(mount: &Path, plain: &Path, query: &[f32]) -> Result<BTreeMap<Point, f32>, TestCaseError> {
+    let answer = ask(mount, &json!({ "vector": query, "k": 1000, "exact": true }));
     let Some(hits) = answer["hits"].as_array() else {
         return Err(TestCaseError::fail(format!("no answer: {answer}")));
     };
-    let found = hits.iter().map(|hit| {
+    let (mut found, mut last) = (BTreeMap::new(), 0.0);
+    for hit in hits {
         let path = plain.join(hit["path"].as_str().unwrap());
         let stat = fs::symlink_metadata(&path).map_err(|_| TestCaseError::fail(format!("nothing there: {hit}")))?;
-        let row = hit["row"].as_u64().unwrap_or(0);
-        Ok((hit["distance"].as_f64().unwrap() as f32, stat.ino(), row, hit["attached"] == true))
-    });
-    Ok(sorted(found.collect::<Result<_, TestCaseError>>()?))
+        let point = (stat.ino(), hit["row"].as_u64().unwrap_or(0), hit["attached"] == true);
+        let distance = hit["distance"].as_f64().unwrap() as f32;
+        prop_assert!(last <= distance, "out of order: {}", answer);
+        prop_assert!(found.insert(point, distance).is_none(), "twice: {}", answer);
+        last = distance;
+    }
+    Ok(found)
 }
 
-fn same(v: &Volume, plain: &Path, query: &[f32]) -> Result<(), TestCaseError> {
-    let (mut found, mut expected) = (answered(v, plain, query)?, expected(plain, query));
-    let ambiguous = ambiguous(plain);
-    for list in [&mut found, &mut expected] {
-        list.retain(|hit| hit.3 || !ambiguous.contains(&hit.1));
+/// A search in each directory finds what its files hold. Not compared are the contents of files that are being written,
+/// and of those that are called as two formats' are.
+fn searches_agree(mount: &Side, plain: &Side, query: &[f32]) -> Result<(), TestCaseError> {
+    let mut unclear = ambiguous(&plain.root);
+    unclear.extend(plain.held.iter().map(|file| file.metadata().unwrap().ino()));
+    let dirs = paths_below(&plain.root).into_iter().filter(|path| {
+        let kind = fs::symlink_metadata(plain.root.join(path)).unwrap().file_type();
+        kind.is_dir()
+    });
+    for dir in dirs.chain([PathBuf::new()]) {
+        let clear = |(inode, _, attached): &Point| *attached || !unclear.contains(inode);
+        let mut found = answered(&mount.root.join(&dir), &plain.root.join(&dir), query)?;
+        let mut expected = expected(&plain.root.join(&dir), query);
+        found.retain(|point, _| clear(point));
+        expected.retain(|point, _| clear(point));
+        let near = |((a, far), (b, how)): ((&Point, &f32), (&Point, &f32))| a == b && (far - how).abs() <= 1e-3;
+        let same = found.len() == expected.len() && found.iter().zip(&expected).all(near);
+        prop_assert!(same, "in {:?} found {:?}, expected {:?}", dir, found, expected);
     }
-    let near = |(a, b): (&Found, &Found)| (a.0 - b.0).abs() <= 1e-3 && (a.1, a.2, a.3) == (b.1, b.2, b.3);
-    // Equal distances come in any order.
-    let by_row = |list: &[Found]| {
-        let mut list = list.to_vec();
-        list.sort_by_key(|hit| (hit.1, hit.2, hit.3));
-        list
-    };
-    let (a, b) = (by_row(&found), by_row(&expected));
-    prop_assert!(a.len() == b.len() && a.iter().zip(&b).all(near), "found {found:?}, expected {expected:?}");
-    prop_assert!(found.is_sorted_by(|a, b| a.0 <= b.0));
     Ok(())
 }
 
-fn run(operations: &[Operation]) -> Result<(), TestCaseError> {
-    let v = Volume::new(&[]).unwrap();
-    let plain = v.dir.path().join("plain");
-    fs::create_dir(&plain).unwrap();
-    for root in [v.mnt(), plain.clone()] {
+fn trees_agree(mount: &Side, plain: &Side) -> Result<(), TestCaseError> {
+    prop_assert_eq!(tree(&mount.root), tree(&plain.root));
+    Ok(())
+}
+
+/// What was tried and what was done of it, over all histories.
+#[derive(Default)]
+struct Tally {
+    operations: AtomicU64,
+    succeeded: AtomicU64,
+    comparisons: AtomicU64,
+}
+
+fn run(options: &[&str], operations: &[Operation], tally: &Tally) -> Result<(), TestCaseError> {
+    let v = Volume::new(options).unwrap();
+    let side = |root: PathBuf| Side { root, held: Vec::new() };
+    let (mut mount, mut plain) = (side(v.mnt()), side(v.dir.path().join("plain")));
+    fs::create_dir(&plain.root).unwrap();
+    for root in [&mount.root, &plain.root] {
+        fs::create_dir_all(root.join("x/y")).unwrap();
+        fs::create_dir(root.join("y")).unwrap();
         fs::write(root.join(".vexfs.toml"), SETTINGS).unwrap();
     }
+    let compared = || tally.comparisons.fetch_add(1, Ordering::Relaxed);
     for operation in operations {
-        let on_mount = act(&v.mnt(), operation).map_err(|error| error.raw_os_error());
-        let on_plain = act(&plain, operation).map_err(|error| error.raw_os_error());
+        let on_mount = act(&mut mount, operation).map_err(|error| error.raw_os_error());
+        let on_plain = act(&mut plain, operation).map_err(|error| error.raw_os_error());
         prop_assert_eq!(on_mount, on_plain, "{:?}", operation);
+        tally.operations.fetch_add(1, Ordering::Relaxed);
+        tally.succeeded.fetch_add(u64::from(on_plain.is_ok()), Ordering::Relaxed);
         match operation {
-            Operation::Search(vector) => same(&v, &plain, &floats(vector))?,
+            Operation::Search(vector) => searches_agree(&mount, &plain, &floats(vector))?,
+            Operation::Compare => trees_agree(&mount, &plain)?,
             Operation::Remount => v.remount(),
-            _ => {}
+            _ => continue,
         }
+        compared();
     }
-    prop_assert_eq!(tree(&v.mnt()), tree(&plain));
-    same(&v, &plain, &[0.0; DIMENSION])?;
-    v.remount();
-    prop_assert_eq!(tree(&v.mnt()), tree(&plain));
-    same(&v, &plain, &[1.0; DIMENSION])
+    for query in [[0.0; DIMENSION], [1.0; DIMENSION]] {
+        trees_agree(&mount, &plain)?;
+        searches_agree(&mount, &plain, &query)?;
+        compared();
+        act(&mut mount, &Operation::Remount).and_then(|()| act(&mut plain, &Operation::Remount)).unwrap();
+        v.remount();
+    }
+    prop_assert_eq!(&v.stats("")["panics"], 0);
+    v.umount();
+    let checked = v.command(&["check", v.source().to_str().unwrap()]);
+    prop_assert!(checked.status.success(), "check: {}", String::from_utf8_lossy(&checked.stdout));
+    Ok(())
+}
+
+/// Histories and the most operations of each.
+fn asked() -> (u32, usize) {
+    let Ok(asked) = std::env::var("VEXFS_MODEL") else { return (HISTORIES, OPERATIONS) };
+    let (histories, operations) = asked.split_once('x').unwrap();
+    (histories.parse().unwrap(), operations.parse().unwrap())
 }
 
 #[test]
@@ -284,12 +365,17 @@ fn whatever_is_done_the_mount_is_as_the_source_and_searches_find_what_files_hold
     if crate::support::no_fuse() {
         return;
     }
-    let asked = std::env::var("VEXFS_MODEL").ok().map(|cases| cases.parse().unwrap());
-    let cases = asked.unwrap_or(HISTORIES);
+    let (cases, most) = asked();
     let mut runner =
         TestRunner::new(Config { cases, failure_persistence: None, max_shrink_iters: 2_000, ..Config::default() });
-    let histories = prop::collection::vec(operation(), OPERATIONS / 2..OPERATIONS);
-    runner.run(&histories, |operations| run(&operations)).unwrap_or_else(|failure| panic!("{failure}"));
+    let modes = prop::sample::select(vec![&[][..], &["--sync", "immediate"], &["--exclusive"]]);
+    let histories = (modes, prop::collection::vec(operation(), most / 2..most));
+    let tally = Tally::default();
+    runner
+        .run(&histories, |(options, operations)| run(options, &operations, &tally))
+        .unwrap_or_else(|failure| panic!("{failure}"));
+    let Tally { operations, succeeded, comparisons } = tally;
+    eprintln!("{cases} histories, {operations:?} operations, {succeeded:?} of them done, {comparisons:?} comparisons");
 }
 
 /// The vectors that the name `a.vec` gave stayed when only `c.npy` was left, as which the file holds none.
