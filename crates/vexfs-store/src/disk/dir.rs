@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 use rustix::fs::{AtFlags, FallocateFlags, Mode, OFlags, fallocate, mkdirat, openat, renameat, unlinkat};
+use rustix::io::Errno;
 use vexfs_index::{Bytes, Region};
 
 use super::{Disk, DiskFile};
@@ -32,7 +33,7 @@ impl DirDisk {
             && flags.contains(OFlags::CREATE)
         {
             match mkdirat(&self.root, folder, Mode::RWXU) {
-                Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+                Ok(()) | Err(Errno::EXIST) => {}
                 Err(errno) => return Err(errno.into()),
             }
         }
@@ -52,7 +53,7 @@ impl Disk for DirDisk {
 
     fn remove(&self, name: &str) -> io::Result<()> {
         match unlinkat(&self.root, name, AtFlags::empty()) {
-            Ok(()) | Err(rustix::io::Errno::NOENT) => Ok(()),
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
             Err(errno) => Err(errno.into()),
         }
     }
@@ -61,7 +62,7 @@ impl Disk for DirDisk {
         let folder = if folder.is_empty() { "." } else { folder };
         let fd = match openat(&self.root, folder, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) {
             Ok(fd) => fd,
-            Err(rustix::io::Errno::NOENT) => return Ok(Vec::new()),
+            Err(Errno::NOENT) => return Ok(Vec::new()),
             Err(errno) => return Err(errno.into()),
         };
         let mut names = Vec::new();
@@ -92,7 +93,16 @@ impl Disk for DirDisk {
         let name = format!("segments/scratch-{}", self.scratches.fetch_add(1, Ordering::Relaxed));
         let file = self.open_file(&name, OFlags::RDWR | OFlags::CREATE | OFlags::EXCL)?;
         self.remove(&name)?;
-        fallocate(&file, FallocateFlags::empty(), 0, len)?;
+        match fallocate(&file, FallocateFlags::empty(), 0, len) {
+            // Written out where space can't be set aside.
+            Err(Errno::OPNOTSUPP) => {
+                let zeros = vec![0; 1 << 20];
+                for at in (0..len).step_by(zeros.len()) {
+                    file.write_all_at(&zeros[..zeros.len().min((len - at) as usize)], at)?;
+                }
+            }
+            done => done?,
+        }
         Ok(file.into())
     }
 
