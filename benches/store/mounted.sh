@@ -30,7 +30,7 @@ for round in $(seq "$rounds"); do
     "$vexfs" search "$dir/mnt" --like "$dir/mnt/base.npy#7" -k 1 > /dev/null
     found=$(ms)
     after_close=$(rows)
-    pending=$("$vexfs" status "$dir/mnt" --json | sed -n 's/.*"pending": *\([0-9]*\).*/\1/p' | head -1)
+    pending=$("$vexfs" status "$dir/mnt" --json | sed -n 's/.*"pending": *\([0-9]*\).*/\1/p' | tail -1)
     "$vexfs" sync "$dir/mnt" --indexed
     linked=$(ms)
     differ=$(diff <(echo "$after_close") <(rows --exact) | grep -c '^[<>]' || true)

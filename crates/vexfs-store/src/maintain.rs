@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
-use vexfs_index::{Flat, Index, Place, Scratch, Slot, build_in};
+use vexfs_index::{Index, Place, Scratch, Slot, build_in};
 
 use crate::catalog::Content;
 use crate::collection::{Collection, new_head};
@@ -224,18 +224,18 @@ pub(crate) fn rewrite(inner: &Inner, collection: &Collection, inputs: &[Arc<Part
     let place = if most as u64 <= inner.budget.rows_in_memory(&schema) { Place::Memory } else { Place::Files(&files) };
     let mut gathered;
     let (mut readings, mut points) = (Vec::new(), Vec::with_capacity(most));
-    let rows = match inputs {
-        // As they lie.
-        [part] if part.as_flat().is_some_and(|flat| flat.len() == most) => {
-            for (_, reading, row) in part.live() {
-                if readings.is_empty() {
-                    readings.push(Arc::clone(reading));
-                }
-                points.push((0, row));
-            }
-            part.as_flat().map(Flat::rows).unwrap_or_default()
+    let whole = match inputs {
+        [part] => part.as_flat().filter(|flat| flat.len() == most),
+        _ => None,
+    };
+    let rows = match whole {
+        // As they lie, all of them, also if their reading ends meanwhile.
+        Some(flat) => {
+            readings.extend(inputs.iter().flat_map(|part| part.readings()).cloned());
+            points.extend((0..most as u32).map(|row| (0, row)));
+            flat.rows()
         }
-        _ => {
+        None => {
             gathered = place.zeroed(most * size)?;
             let mut room = gathered.bytes_mut().chunks_exact_mut(size);
             let mut bytes = Vec::new();
