@@ -1,8 +1,8 @@
 //! Random operations on a mount and on a plain directory beside it: whatever the file system below does, the mount does,
 //! and a search, wherever it is asked, finds what the files of the plain directory hold.
 //!
-//! `cargo test` takes 16 histories of up to 60 operations, `VEXFS_MODEL=HISTORIESxOPERATIONS` as many as it says. A failure
-//! is shrunk and prints the operations that are left.
+//! `cargo test` takes 16 histories of up to 60 operations, `VEXFS_MODEL=FIRST-LASTxOPERATIONS` those of the seeds and the
+//! length that it says. A failure tells its seed, is shrunk and prints the operations that are left.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
@@ -14,15 +14,17 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use proptest::prelude::*;
-use proptest::test_runner::{Config, TestCaseError, TestRunner};
+use proptest::strategy::ValueTree;
+use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestRng, TestRunner};
 use rustix::fs::{CWD, RenameFlags, XattrFlags, renameat_with};
 use serde_json::json;
 
 use crate::support::{Volume, ask, le_bytes, npy, text};
 
-/// Histories that are tried, and the most operations of each.
-const HISTORIES: u32 = 16;
-const OPERATIONS: usize = 60;
+/// The first and the last seed, and the most operations of a history.
+const DEFAULT: &str = "1-16x60";
+/// How it is mounted, by the seed.
+const MODES: [&[&str]; 3] = [&[], &["--sync", "immediate"], &["--exclusive"]];
 /// Numbers of a vector.
 const DIMENSION: usize = 3;
 const SETTINGS: &str = "metric = \"l2\"\ndimension = 3\nelement = \"f32\"\n";
@@ -100,10 +102,11 @@ fn operation() -> impl Strategy<Value = Operation> {
     ]
 }
 
-/// One of the two directories, and its files that are kept open.
+/// One of the two directories, its files that are kept open, and those that ever had several names.
 struct Side {
     root: PathBuf,
     held: std::vec::Vec<fs::File>,
+    linked: BTreeSet<u64>,
 }
 
 /// Does it on one side.
@@ -120,7 +123,12 @@ fn act(side: &mut Side, operation: &Operation) -> io::Result<()> {
         Rename(from, to) => fs::rename(at(from), at(to)),
         Exchange(from, to) => rename(from, to, RenameFlags::EXCHANGE),
         NoReplace(from, to) => rename(from, to, RenameFlags::NOREPLACE),
-        Link(from, to) => fs::hard_link(at(from), at(to)),
+        Link(from, to) => {
+            fs::hard_link(at(from), at(to))?;
+            let inode = fs::symlink_metadata(at(to))?.ino();
+            side.linked.insert(inode);
+            Ok(())
+        }
         Symlink(to, path) => std::os::unix::fs::symlink(to, at(path)),
         Unlink(path) => fs::remove_file(at(path)),
         Mkdir(path) => fs::create_dir(at(path)),
@@ -279,8 +287,8 @@ fn answered(mount: &Path, plain: &Path, query: &[f32]) -> Result<BTreeMap<Point,
     Ok(found)
 }
 
-/// A search in each directory finds what its files hold. Not compared are the contents of files that are being written,
-/// and of those that are called as two formats' are.
+/// A search in each directory finds what its files hold. Not compared are the contents of files that are being written or
+/// called as two formats' are, and what is attached to files that had several names: the daemon may know but one.
 fn searches_agree(mount: &Side, plain: &Side, query: &[f32]) -> Result<(), TestCaseError> {
     let mut unclear = ambiguous(&plain.root);
     unclear.extend(plain.held.iter().map(|file| file.metadata().unwrap().ino()));
@@ -289,7 +297,7 @@ fn searches_agree(mount: &Side, plain: &Side, query: &[f32]) -> Result<(), TestC
         kind.is_dir()
     });
     for dir in dirs.chain([PathBuf::new()]) {
-        let clear = |(inode, _, attached): &Point| *attached || !unclear.contains(inode);
+        let clear = |(inode, _, attached): &Point| !(if *attached { &plain.linked } else { &unclear }).contains(inode);
         let mut found = answered(&mount.root.join(&dir), &plain.root.join(&dir), query)?;
         let mut expected = expected(&plain.root.join(&dir), query);
         found.retain(|point, _| clear(point));
@@ -316,7 +324,7 @@ struct Tally {
 
 fn run(options: &[&str], operations: &[Operation], tally: &Tally) -> Result<(), TestCaseError> {
     let v = Volume::new(options).unwrap();
-    let side = |root: PathBuf| Side { root, held: Vec::new() };
+    let side = |root: PathBuf| Side { root, held: Vec::new(), linked: BTreeSet::new() };
     let (mut mount, mut plain) = (side(v.mnt()), side(v.dir.path().join("plain")));
     fs::create_dir(&plain.root).unwrap();
     for root in [&mount.root, &plain.root] {
@@ -353,11 +361,22 @@ fn run(options: &[&str], operations: &[Operation], tally: &Tally) -> Result<(), 
     Ok(())
 }
 
-/// Histories and the most operations of each.
-fn asked() -> (u32, usize) {
-    let Ok(asked) = std::env::var("VEXFS_MODEL") else { return (HISTORIES, OPERATIONS) };
-    let (histories, operations) = asked.split_once('x').unwrap();
-    (histories.parse().unwrap(), operations.parse().unwrap())
+/// Fewer of the operations that fail too.
+fn shrunk(mut operations: Vec<Operation>, fails: impl Fn(&[Operation]) -> bool) -> Vec<Operation> {
+    let mut chunk = operations.len().div_ceil(2);
+    while chunk > 0 {
+        let mut at = 0;
+        while at < operations.len() {
+            let mut fewer = operations.clone();
+            fewer.drain(at..operations.len().min(at + chunk));
+            match fails(&fewer) {
+                true => operations = fewer,
+                false => at += chunk,
+            }
+        }
+        chunk /= 2;
+    }
+    operations
 }
 
 #[test]
@@ -365,17 +384,30 @@ fn whatever_is_done_the_mount_is_as_the_source_and_searches_find_what_files_hold
     if crate::support::no_fuse() {
         return;
     }
-    let (cases, most) = asked();
-    let mut runner =
-        TestRunner::new(Config { cases, failure_persistence: None, max_shrink_iters: 2_000, ..Config::default() });
-    let modes = prop::sample::select(vec![&[][..], &["--sync", "immediate"], &["--exclusive"]]);
-    let histories = (modes, prop::collection::vec(operation(), most / 2..most));
+    let asked = std::env::var("VEXFS_MODEL").unwrap_or_else(|_| DEFAULT.to_owned());
+    let number = |text: &str| text.parse::<u64>().unwrap();
+    let (seeds, most) = asked.split_once('x').unwrap();
+    let (first, last) = seeds.split_once('-').unwrap();
+    let most = number(most) as usize;
     let tally = Tally::default();
-    runner
-        .run(&histories, |(options, operations)| run(options, &operations, &tally))
-        .unwrap_or_else(|failure| panic!("{failure}"));
+    for seed in number(first)..=number(last) {
+        let mut bytes = [0; 32];
+        bytes[..8].copy_from_slice(&seed.to_le_bytes());
+        let random = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
+        let mut runner = TestRunner::new_with_rng(Config::default(), random);
+        let history = prop::collection::vec(operation(), most / 2..=most).new_tree(&mut runner).unwrap().current();
+        let options = MODES[seed as usize % MODES.len()];
+        let before = tally.operations.load(Ordering::Relaxed);
+        if let Err(failure) = run(options, &history, &tally) {
+            let done = (tally.operations.load(Ordering::Relaxed) - before) as usize;
+            eprintln!("seed {seed} {options:?} after {done} operations: {failure}");
+            let fails = |operations: &[Operation]| run(options, operations, &tally).is_err();
+            let few = shrunk(history[..history.len().min(done + 1)].to_vec(), fails);
+            panic!("seed {seed} {options:?}: {few:#?}: {:?}", run(options, &few, &tally));
+        }
+    }
     let Tally { operations, succeeded, comparisons } = tally;
-    eprintln!("{cases} histories, {operations:?} operations, {succeeded:?} of them done, {comparisons:?} comparisons");
+    eprintln!("{asked}: {operations:?} operations, {succeeded:?} of them done, {comparisons:?} comparisons");
 }
 
 /// The vectors that the name `a.vec` gave stayed when only `c.npy` was left, as which the file holds none.
@@ -405,4 +437,16 @@ fn regression_a_link_that_makes_a_vector_file_of_a_plain_one_is_read() {
     v.write("p.txt", "1,2,3");
     fs::hard_link(v.path("p.txt"), v.path("b.vec")).unwrap();
     assert_eq!(v.near("", &[1.0, 2.0, 3.0], 9), ["b.vec"]);
+}
+
+/// After a remount the daemon met a vector file by its other name, and took what was written to it for nothing new.
+#[test]
+fn regression_what_is_written_by_a_plain_name_of_a_vector_file_is_read() {
+    let Some(v) = Volume::new(&[]) else { return };
+    v.write("plain", "1,2,3");
+    fs::hard_link(v.path("plain"), v.path("a.vec")).unwrap();
+    v.remount();
+    v.write("plain", "3,2,-9");
+    let answer = v.ask("", &json!({ "vector": [3, 2, -9], "k": 1 }));
+    assert_eq!(answer["hits"][0]["distance"], 0.0, "{answer}");
 }

@@ -50,6 +50,8 @@ pub trait Events: Send + Sync {
     fn interested(&self, name: &OsStr) -> bool;
     /// A file of an interesting name is here; `created` if it was just made.
     fn seen(&self, parent: FileId, name: &OsStr, file: FileId, created: bool);
+    /// Has one of the file's names been told?
+    fn knows(&self, file: FileId) -> bool;
     /// An interesting file's bytes may have changed. The error is what close(2) or fsync(2) answers.
     fn changed(&self, file: FileId, fd: BorrowedFd<'_>, cause: Cause) -> Result<(), Errno>;
     /// Can this vector be attached to a file of that directory? The bytes to store.
@@ -128,6 +130,10 @@ impl Events for IndexEvents {
         if self.ingest.linked(parent, name, file) && !created {
             self.pool.run(|| self.ingest.read_known(file, When::Quiet));
         }
+    }
+
+    fn knows(&self, file: FileId) -> bool {
+        self.ingest.volume.content(file).is_some()
     }
 
     fn changed(&self, file: FileId, fd: BorrowedFd<'_>, cause: Cause) -> Result<(), Errno> {

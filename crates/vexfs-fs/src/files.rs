@@ -173,8 +173,14 @@ impl Files {
         if node.kind == FileType::RegularFile && node.native && self.events.interested(name) {
             node.interesting.store(true, Ordering::Release);
             self.events.seen(parent.file(), name, node.file(), created);
-        } else if node.kind == FileType::RegularFile && node.native && self.events.has_attached(node.file()) {
-            self.events.met_attached(parent.file(), name, node.file());
+        } else if node.kind == FileType::RegularFile && node.native {
+            if stat.st_nlink > 1 && self.events.knows(node.file()) {
+                // Another of its names is a vector file's.
+                node.interesting.store(true, Ordering::Release);
+            }
+            if self.events.has_attached(node.file()) {
+                self.events.met_attached(parent.file(), name, node.file());
+            }
         }
         self.settle_privileges(node, &mut stat);
         Entry { id: node.id, stat }

@@ -70,6 +70,8 @@ enum BenchCommand {
     Store(bench::store::StoreArgs),
     /// The mutable index: inserts, searches by recall target, churn, searches beside inserts.
     Head(bench::head::HeadArgs),
+    /// Files and vectors of a mount changed and looked at for long, each answer checked.
+    Soak(bench::soak::SoakArgs),
 }
 
 fn main() -> ExitCode {
@@ -97,6 +99,7 @@ fn main() -> ExitCode {
         Command::Bench(BenchArgs { what: BenchCommand::Filter(args) }) => bench::filter::filter(&args),
         Command::Bench(BenchArgs { what: BenchCommand::Store(args) }) => bench::store::store(&args),
         Command::Bench(BenchArgs { what: BenchCommand::Head(args) }) => bench::head::head(&args),
+        Command::Bench(BenchArgs { what: BenchCommand::Soak(args) }) => bench::soak::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -10,7 +10,7 @@ use vexfs_fs::index::{
     Effort, Flat, Index, Metric, Mutable, Neighbor, Params, Request, Scratch, Slot, Space, region_from,
 };
 
-use super::{Rows, read_base, read_queries};
+use super::{Random, Rows, read_base, read_queries};
 
 /// Arguments of `vexfs bench head`.
 #[derive(Args)]
@@ -102,18 +102,6 @@ fn grown(space: Space, rows: &[&[u8]], threads: usize) -> (Mutable, f64) {
     (head, rate)
 }
 
-/// Rows in an order of no meaning (xorshift).
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 % n.max(1) as u64) as usize
-    }
-}
-
 /// Measures and prints.
 pub fn head(args: &HeadArgs) -> Result<(), String> {
     let Rows { bytes, space } = read_base(&args.base, args.metric, None)?;
@@ -197,7 +185,7 @@ pub fn head(args: &HeadArgs) -> Result<(), String> {
     (first..head.len()).for_each(|slot| _ = head.delete(Slot(slot as u32)));
     let mut present: Vec<(Slot, usize)> = (0..n).map(|row| (Slot(row as u32), row)).collect();
     let mut absent: Vec<usize> = (n..all.len()).collect();
-    let mut random = Random(0x5eed);
+    let mut random = Random::new(0x5eed);
     let (mut deleted_found, mut inserting) = (0, 0.0);
     for _ in 0..args.rounds {
         for _ in 0..n / 2 {

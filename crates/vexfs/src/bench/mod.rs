@@ -5,6 +5,7 @@ pub mod fs;
 mod graph;
 pub mod head;
 pub mod index;
+pub mod soak;
 pub mod store;
 
 use std::fs::File;
@@ -49,4 +50,22 @@ fn read_queries(path: &Path, space: &Space) -> Result<Vec<Vec<f32>>, String> {
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// Numbers in an order of no meaning, the same each time (xorshift).
+struct Random(u64);
+
+impl Random {
+    /// Seeds that are alike give numbers that aren't.
+    fn new(seed: u64) -> Random {
+        let mixed = (seed ^ (seed >> 32)).wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        Random((mixed ^ (mixed >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9) | 1)
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        ((self.0 >> 20) % n.max(1) as u64) as usize
+    }
 }
