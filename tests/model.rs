@@ -288,16 +288,20 @@ fn answered(mount: &Path, plain: &Path, query: &[f32]) -> Result<BTreeMap<Point,
 }
 
 /// A search in each directory finds what its files hold. Not compared are the contents of files that are being written or
-/// called as two formats' are, and what is attached to files that had several names: the daemon may know but one.
+/// called as two formats' are, and what is attached to files that had several names: the daemon may know but one. A file of
+/// several names is of one collection, which one of them gives: it is not looked for below the others.
 fn searches_agree(mount: &Side, plain: &Side, query: &[f32]) -> Result<(), TestCaseError> {
     let mut unclear = ambiguous(&plain.root);
     unclear.extend(plain.held.iter().map(|file| file.metadata().unwrap().ino()));
-    let dirs = paths_below(&plain.root).into_iter().filter(|path| {
-        let kind = fs::symlink_metadata(plain.root.join(path)).unwrap().file_type();
-        kind.is_dir()
-    });
-    for dir in dirs.chain([PathBuf::new()]) {
-        let clear = |(inode, _, attached): &Point| !(if *attached { &plain.linked } else { &unclear }).contains(inode);
+    let stats: BTreeMap<PathBuf, fs::Metadata> = paths_below(&plain.root)
+        .into_iter()
+        .map(|path| (path.clone(), fs::symlink_metadata(plain.root.join(path)).unwrap()))
+        .collect();
+    let mut unclear_below = unclear.clone();
+    unclear_below.extend(stats.values().filter(|stat| stat.is_file() && stat.nlink() > 1).map(MetadataExt::ino));
+    let dirs = stats.iter().filter(|(_, stat)| stat.is_dir()).map(|(path, _)| (path.clone(), &unclear_below));
+    for (dir, unclear) in dirs.chain([(PathBuf::new(), &unclear)]) {
+        let clear = |(inode, _, attached): &Point| !(if *attached { &plain.linked } else { unclear }).contains(inode);
         let mut found = answered(&mount.root.join(&dir), &plain.root.join(&dir), query)?;
         let mut expected = expected(&plain.root.join(&dir), query);
         found.retain(|point, _| clear(point));
@@ -439,10 +443,27 @@ fn regression_a_link_that_makes_a_vector_file_of_a_plain_one_is_read() {
     assert_eq!(v.near("", &[1.0, 2.0, 3.0], 9), ["b.vec"]);
 }
 
+/// The exchange of a vector file's name and another took what was attached to the first for gone, half-way.
+#[test]
+fn regression_an_attached_vector_survives_the_exchange_of_a_vector_files_name_and_another() {
+    for (one, other) in [("a.vec", "b.jpg"), ("b.jpg", "a.vec")] {
+        let Some(v) = Volume::new(&[]) else { return };
+        v.write("a.vec", "1,0,0");
+        v.write("b.jpg", "");
+        for (name, vector) in [("a.vec", [0.0, 1.0, 0.0]), ("b.jpg", [0.0, 0.0, 1.0])] {
+            rustix::fs::setxattr(v.path(name), EMBEDDING, &le_bytes(&vector), XattrFlags::empty()).unwrap();
+        }
+        renameat_with(CWD, v.path(one), CWD, v.path(other), RenameFlags::EXCHANGE).unwrap();
+        assert_eq!(v.near("", &[0.0, 1.0, 0.0], 1), ["b.jpg"], "{one}");
+        assert_eq!(v.near("", &[0.0, 0.0, 1.0], 1), ["a.vec"], "{one}");
+    }
+}
+
 /// After a remount the daemon met a vector file by its other name, and took what was written to it for nothing new.
 #[test]
 fn regression_what_is_written_by_a_plain_name_of_a_vector_file_is_read() {
     let Some(v) = Volume::new(&[]) else { return };
+    v.write(".vexfs.toml", SETTINGS);
     v.write("plain", "1,2,3");
     fs::hard_link(v.path("plain"), v.path("a.vec")).unwrap();
     v.remount();

@@ -20,9 +20,12 @@ use vexfs_store::{Config, Content, FileId, Fingerprint, Link, Volume};
 use crate::errors::Failure;
 use crate::formats::{Format, Refusal, Source as Vectors};
 use crate::source::{Source, fingerprint};
+use crate::walk::RESERVED;
 
 /// The name of a collection's settings.
 pub const CONFIG_NAME: &str = ".vexfs.toml";
+/// What a file is called between two renames that are an exchange: no file is, so nothing is read there.
+const ASIDE: &[u8] = RESERVED.as_bytes();
 /// Longest `.vexfs.toml`.
 const MAX_CONFIG: u64 = 64 << 10;
 /// A file that changes while it is read is read again this often; then the next close reads it.
@@ -277,7 +280,9 @@ impl Ingest {
         let was = is_interesting(OsStr::from_bytes(&from.name));
         let is = is_interesting(OsStr::from_bytes(&to.name));
         self.volume.rename(file, (from, was), (to.clone(), is), replaced);
-        self.refresh_attached(file);
+        if to.name != ASIDE {
+            self.refresh_attached(file);
+        }
         if is_config(from) && (from.parent != to.parent || !is_config(to)) {
             self.configure(from.parent, None);
         }
@@ -325,7 +330,7 @@ impl Ingest {
             return;
         }
         // One of the names means nothing to the index, or settings: as two renames past each other.
-        let aside = Link { parent: one.1.parent, name: b".vexfs".to_vec() };
+        let aside = Link { parent: one.1.parent, name: ASIDE.to_vec() };
         self.renamed(one.0, one.1, &aside, None);
         self.renamed(other.0, other.1, one.1, None);
         self.renamed(one.0, &aside, other.1, None);
