@@ -5,10 +5,12 @@ fn each_promise_names_a_test_that_exists() {
     let document = include_str!("../docs/semantics.md");
     let sources = [
         include_str!("attached.rs"),
+        include_str!("beneath.rs"),
         include_str!("crash.rs"),
         include_str!("disks.rs"),
         include_str!("files.rs"),
         include_str!("inputs.rs"),
+        include_str!("model.rs"),
         include_str!("mounting.rs"),
         include_str!("permissions.rs"),
         include_str!("searching.rs"),

@@ -66,7 +66,7 @@ impl Drop for Handling {
 
 const PAINT: u64 = 0x5a17_ed57_ac4b_10c5;
 /// Bytes that are painted, and those of them next to the painter's own frame that are not.
-const AREA: usize = 64 << 10;
+const AREA: usize = 32 << 10;
 const OWN: usize = 512;
 
 /// A stretch of the thread's stack that has been painted: addresses.

@@ -215,7 +215,9 @@ impl Ingest {
         };
         let shape = vectors.shape();
         let target = self.volume.prepare(file, shape.dimension, shape.element)?;
-        let rows = vectors.encode(&target.space)?;
+        vectors.encoded_bytes(&target.space)?;
+        let mut rows = self.volume.rows(&target, shape.rows);
+        vectors.encode_each(&target.space, &mut |row| rows.push(row))?;
         if !leave() {
             self.volume.put(file, before, &target, rows)?;
         }

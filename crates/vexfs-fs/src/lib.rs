@@ -16,6 +16,7 @@ mod fuse;
 mod handling;
 mod ingest;
 mod listing;
+mod memory;
 pub mod mount;
 mod nodes;
 mod pool;

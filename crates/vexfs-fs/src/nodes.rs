@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::Thread;
 use std::time::Duration;
@@ -19,6 +19,7 @@ use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, Stat, openat};
 use rustix::io::Errno;
 use vexfs_store::FileId;
 
+use crate::memory;
 use crate::reopen::{Reopener, path_of};
 
 /// First number of virtual nodes.
@@ -62,12 +63,19 @@ pub struct Nodes {
     room: usize,
     /// Who asks it.
     evictor: OnceLock<Thread>,
+    /// The most nodes since memory was last given back.
+    most: AtomicUsize,
 }
+
+/// Fewer nodes than that leave no memory worth the trouble.
+const MANY: usize = 4096;
 
 /// How long a new node waits where there are too many, so that they don't come faster than others go.
 const CROWDED: Duration = Duration::from_micros(100);
 /// How long the evictor waits for the kernel to forget before it goes on.
 const FORGETTING: Duration = Duration::from_millis(20);
+/// No node has gone for so long: memory is given back.
+const QUIET: Duration = Duration::from_millis(300);
 
 impl Nodes {
     /// `root` is a descriptor of the source directory, `room` how many files the kernel may know before it is asked to
@@ -82,6 +90,7 @@ impl Nodes {
             foreign: Mutex::new(HashMap::new()),
             room,
             evictor: OnceLock::new(),
+            most: AtomicUsize::new(0),
         };
         let root = nodes.node(FileId::ROOT.0, root, &stat);
         nodes.known.write().insert(FileId::ROOT.0, Arc::new(root));
@@ -141,12 +150,19 @@ impl Nodes {
         node.settle(place, stat.st_nlink > 1);
         let node = Arc::clone(node);
         let crowded = known.len() > self.room;
+        self.most.fetch_max(known.len(), Ordering::AcqRel);
         drop(known);
         if crowded {
             self.wake_evictor();
             std::thread::sleep(CROWDED);
         }
         node
+    }
+
+    /// Are so many gone that the memory is worth giving back?
+    fn are_few(&self, left: usize) -> bool {
+        let most = self.most.load(Ordering::Acquire);
+        most >= MANY && left < most / 4
     }
 
     fn wake_evictor(&self) {
@@ -156,16 +172,25 @@ impl Nodes {
     }
 
     /// Whenever there are too many nodes, has the kernel `forget` names that lead to files which nobody has open, until
-    /// half of the room is free; until `over`, and this thread is unparked. Not for a thread that serves: the kernel may
+    /// half of the room is free; and gives memory back when most nodes are gone. Until `over`, and this thread is unparked. Not for a thread that serves: the kernel may
     /// wait for an answer with the directory locked that `forget` needs.
     pub fn keep_room(&self, over: &AtomicBool, forget: &dyn Fn(u64, &OsStr)) {
         if self.evictor.set(std::thread::current()).is_err() {
             return;
         }
         while !over.load(Ordering::Acquire) {
-            if self.known.read().len() > self.room {
+            let known = self.known.read().len();
+            if known > self.room {
                 self.evict(over, forget);
                 std::thread::park_timeout(FORGETTING);
+            } else if self.are_few(known) {
+                std::thread::sleep(QUIET);
+                // The last of those that go have gone.
+                if self.known.read().len() >= known {
+                    self.most.store(known, Ordering::Release);
+                    self.known.write().shrink_to_fit();
+                    memory::give_back();
+                }
             } else {
                 std::thread::park();
             }
@@ -200,9 +225,13 @@ impl Nodes {
         let before = node.lookups.fetch_sub(count, Ordering::AcqRel);
         if before <= count {
             let gone = known.remove(&id);
+            let few = self.are_few(known.len());
             drop(known);
             // Closing the descriptor may free an inode below: not under the lock.
             drop(gone);
+            if few {
+                self.wake_evictor();
+            }
         }
     }
 

@@ -1,6 +1,7 @@
 //! From rows to a sealed index: code, link in parallel, calibrate, number for locality, write flat.
 
 use std::cmp::Reverse;
+use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -8,7 +9,7 @@ use crate::codes::{Coder, Width};
 use crate::graph::{Bench, Graph, Linker, MOST_NODES, Nodes};
 use crate::hnsw::{MAX_LAYER, level};
 use crate::kernels::Prepared;
-use crate::raw::Huge;
+use crate::raw::{Huge, Place};
 use crate::request::{Budget, Scratch};
 use crate::sealed::{CALIBRATED_K, Calibration, MAGIC, Plan, TARGETS, Walker, header, rows_are_codes};
 use crate::space::Quantization;
@@ -26,6 +27,77 @@ const EFS: [u32; 24] =
 /// Links of a node at least and at most.
 pub(crate) const M: std::ops::RangeInclusive<usize> = 2..=512;
 
+/// Bytes that a build works on for each row of `space`, the row aside.
+pub fn build_bytes(space: &Space, params: &Params) -> usize {
+    let m = params.m.clamp(*M.start(), *M.end());
+    // A level has a node in m of the one below it, so all upper ones together have one in m - 1.
+    let links = 4 * (2 * m + m.div_ceil(m - 1));
+    let codes = match space.element() {
+        Element::Bits => space.row_bytes(),
+        _ => space.dim().next_multiple_of(64),
+    };
+    let coarse = match params.quantization {
+        Quantization::Sq4 => codes / 2,
+        Quantization::Rabitq => codes / 8 + 16,
+        Quantization::None | Quantization::Sq8 => 0,
+    };
+    // Level, lock, and the numbers of nodes, rows and slots in each other's order.
+    links + codes + coarse + 1 + size_of::<Mutex<()>>() + 6 * size_of::<u32>()
+}
+
+/// A sealed index that is not in one piece yet.
+pub struct Built {
+    /// For each slot the row of the input that it holds.
+    pub order: Vec<u32>,
+    /// Header and coder.
+    head: Vec<u8>,
+    /// For each slot its node.
+    nodes: Vec<u32>,
+    graph: Option<Graph>,
+    /// `None` where rows are walked themselves or, as they lie, are their own codes.
+    codes: Option<Codes>,
+}
+
+/// Takes bytes one after another.
+type Put<'a> = &'a mut dyn FnMut(&[u8]) -> io::Result<()>;
+
+impl Built {
+    /// The rows that it was built over, in slot order.
+    pub fn vectors(&self, space: &Space, rows: &[u8], put: Put<'_>) -> io::Result<()> {
+        let size = space.row_bytes();
+        self.order.iter().try_for_each(|row| put(&rows[*row as usize * size..][..size]))
+    }
+
+    /// Codes in slot order.
+    pub fn codes(&self, put: Put<'_>) -> io::Result<()> {
+        let Some(Codes { coder, bytes }) = &self.codes else { return Ok(()) };
+        let stride = coder.stride();
+        self.nodes.iter().try_for_each(|node| put(&bytes.bytes()[*node as usize * stride..][..stride]))
+    }
+
+    /// Header, coder, links.
+    pub fn graph(&self, put: Put<'_>) -> io::Result<()> {
+        put(&self.head)?;
+        let Some(graph) = &self.graph else { return Ok(()) };
+        let mut slots = vec![0u32; self.nodes.len()];
+        for (slot, node) in self.nodes.iter().enumerate() {
+            slots[*node as usize] = slot as u32;
+        }
+        let mut list = Vec::new();
+        for (layer, count) in graph.counts.iter().enumerate() {
+            for node in &self.nodes[..*count] {
+                list.clear();
+                for other in graph.links(layer, *node) {
+                    list.extend_from_slice(&(slots[other as usize] + 1).to_le_bytes());
+                }
+                list.resize(graph.room(layer) * 4, 0);
+                put(&list)?;
+            }
+        }
+        Ok(())
+    }
+}
+
 /// A sealed index as bytes, for [`crate::Sealed::open`].
 pub struct Sections {
     /// For each slot the row of the input that it holds.
@@ -38,8 +110,30 @@ pub struct Sections {
     pub graph: Vec<u8>,
 }
 
-/// Builds over whole `rows` with so many `threads`. `None` if `stop` was set meanwhile.
+/// As [`build_in`], in memory, and in one piece.
 pub fn build(space: &Space, rows: &[u8], params: &Params, threads: usize, stop: &AtomicBool) -> Option<Sections> {
+    // Nothing else than a disk fails.
+    let built = build_in(Place::Memory, space, rows, params, threads, stop).ok()??;
+    let (mut vectors, mut codes, mut graph) = (Vec::new(), Vec::new(), Vec::new());
+    let into = |section: &mut Vec<u8>, bytes: &[u8]| {
+        section.extend_from_slice(bytes);
+        Ok(())
+    };
+    built.vectors(space, rows, &mut |bytes| into(&mut vectors, bytes)).ok()?;
+    built.codes(&mut |bytes| into(&mut codes, bytes)).ok()?;
+    built.graph(&mut |bytes| into(&mut graph, bytes)).ok()?;
+    Some(Sections { order: built.order, vectors, codes, graph })
+}
+
+/// Builds over whole `rows` with so many `threads`, in `place`. `None` if `stop` was set meanwhile.
+pub fn build_in(
+    place: Place<'_>,
+    space: &Space,
+    rows: &[u8],
+    params: &Params,
+    threads: usize,
+    stop: &AtomicBool,
+) -> io::Result<Option<Built>> {
     let nodes = rows.len() / space.row_bytes();
     let m = params.m.clamp(*M.start(), *M.end());
     let levels: Vec<u8> = (0..nodes as u32).map(|node| level(params.seed, node, m) as u8).collect();
@@ -50,19 +144,19 @@ pub fn build(space: &Space, rows: &[u8], params: &Params, threads: usize, stop: 
         let top = usize::from(levels[order[0] as usize]);
         let counts: Vec<usize> =
             (0..=top).map(|layer| order.partition_point(|row| usize::from(levels[*row as usize]) >= layer)).collect();
-        // Where memory is short an exact scan still works.
-        Graph::new(counts, m)
-            .and_then(|graph| Some((graph, encode(&Coder::fit(space, rows, Width::Byte), rows, &order)?)))
+        let fine = || encode(Coder::fit(space, rows, Width::Byte), rows, &order, place);
+        match Graph::new(counts, m, place).and_then(|graph| Ok((graph, fine()?))) {
+            // An exact scan still works.
+            Err(error) if error.kind() == io::ErrorKind::OutOfMemory => None,
+            made => Some(made?),
+        }
     } else {
         None
     };
     let Some((graph, fine)) = graph else {
-        return Some(Sections {
-            order: (0..nodes as u32).collect(),
-            vectors: rows[..nodes * space.row_bytes()].to_vec(),
-            codes: Vec::new(),
-            graph: head(m, nodes, &[], None, Calibration::default()),
-        });
+        let order = (0..nodes as u32).collect();
+        let head = head(m, nodes, &[], None, Calibration::default());
+        return Ok(Some(Built { order, head, nodes: Vec::new(), graph: None, codes: None }));
     };
     let held = HELD_OUT.min(nodes / 20);
     let level = |node: u32| usize::from(levels[order[node as usize] as usize]);
@@ -81,35 +175,41 @@ pub fn build(space: &Space, rows: &[u8], params: &Params, threads: usize, stop: 
     let (last, first): (Vec<u32>, Vec<u32>) = (1..nodes as u32).partition(|node| is_held(*node));
     link(&linker, &first, &level, threads, stop);
     if stop.load(Ordering::Acquire) {
-        return None;
+        return Ok(None);
     }
     // Links are chosen on bytes, whatever a search walks on.
     let coarse = match params.quantization {
         // They are as short as codes get.
         _ if space.element() == Element::Bits => None,
-        Quantization::Sq4 => encode(&Coder::fit(space, rows, Width::Nibble), rows, &order),
-        Quantization::Rabitq => encode(&Coder::fit(space, rows, Width::Sign), rows, &order),
+        Quantization::Sq4 => Some(encode(Coder::fit(space, rows, Width::Nibble), rows, &order, place)?),
+        Quantization::Rabitq => Some(encode(Coder::fit(space, rows, Width::Sign), rows, &order, place)?),
         Quantization::None | Quantization::Sq8 => None,
     };
-    let walked = match &coarse {
-        None if params.quantization == Quantization::None && !fine.coder.is_exact() => None,
-        None => Some(&fine),
-        coarse => coarse.as_ref(),
-    };
+    // Where none of the codes would do rows are walked themselves.
+    let walks = coarse.is_some() || params.quantization != Quantization::None || fine.coder.is_exact();
+    let walked = walks.then_some(coarse.as_ref().unwrap_or(&fine));
     let fine_walker = Walker::building(space, &graph, Some((&fine.coder, fine.bytes.bytes())), rows, &order);
     let walked = walked.map(|codes| (&codes.coder, codes.bytes.bytes()));
     let walker = Walker::building(space, &graph, walked, rows, &order);
     let calibration = calibrate(&walker, &fine_walker, &last, &is_held, threads);
     link(&linker, &last, &level, threads, stop);
     if stop.load(Ordering::Acquire) {
-        return None;
+        return Ok(None);
     }
     // By inner product most links lead to the few long vectors that are the answers; short ones are left without,
     // and links taken from the long ones for them would cost more than they bring.
     if space.metric() != Metric::InnerProduct {
         connect(&graph);
     }
-    Some(write(&walker, calibration))
+    let nodes = renumber(&graph);
+    let head = head(m, nodes.len(), &graph.counts, walker.coder, calibration);
+    let rows = nodes.iter().map(|node| order[*node as usize]).collect();
+    let codes = match coarse {
+        Some(coarse) => Some(coarse),
+        None => walks.then_some(fine),
+    };
+    let codes = codes.filter(|codes| !rows_are_codes(space, &codes.coder));
+    Ok(Some(Built { order: rows, head, nodes, graph: Some(graph), codes }))
 }
 
 /// Coded rows in the order of nodes.
@@ -118,15 +218,14 @@ struct Codes {
     bytes: Huge,
 }
 
-/// `None` where memory is short.
-fn encode(coder: &Coder, rows: &[u8], order: &[u32]) -> Option<Codes> {
+fn encode(coder: Coder, rows: &[u8], order: &[u32], place: Place<'_>) -> io::Result<Codes> {
     let (size, stride) = (rows.len() / order.len().max(1), coder.stride());
-    let mut bytes = Huge::zeroed(order.len().checked_mul(stride)?)?;
+    let mut bytes = place.zeroed(order.len() * stride)?;
     let mut values = Vec::new();
     for (row, code) in order.iter().zip(bytes.bytes_mut().chunks_exact_mut(stride)) {
         coder.encode(&rows[*row as usize * size..][..size], &mut values, code);
     }
-    Some(Codes { coder: coder.clone(), bytes })
+    Ok(Codes { coder, bytes })
 }
 
 fn link(linker: &Linker<'_>, nodes: &[u32], level: &(impl Fn(u32) -> usize + Sync), threads: usize, stop: &AtomicBool) {
@@ -286,35 +385,6 @@ fn renumber(graph: &Graph) -> Vec<u32> {
     // Layers stay prefixes: a node's level is how many layers hold it.
     order.sort_by_key(|node| Reverse(graph.counts.iter().filter(|count| (*node as usize) < **count).count()));
     order
-}
-
-fn write(walker: &Walker<'_>, calibration: Calibration) -> Sections {
-    let graph = walker.graph;
-    let order = renumber(graph);
-    let mut place = vec![0u32; order.len()];
-    for (slot, node) in order.iter().enumerate() {
-        place[*node as usize] = slot as u32;
-    }
-    let mut bytes = head(graph.m, order.len(), &graph.counts, walker.coder, calibration);
-    for (layer, count) in graph.counts.iter().enumerate() {
-        for node in &order[..*count] {
-            let end = bytes.len() + graph.room(layer) * 4;
-            for other in graph.links(layer, *node) {
-                bytes.extend_from_slice(&(place[other as usize] + 1).to_le_bytes());
-            }
-            bytes.resize(end, 0);
-        }
-    }
-    let mut vectors = Vec::with_capacity(order.len() * walker.space.row_bytes());
-    order.iter().for_each(|node| vectors.extend_from_slice(walker.row(*node)));
-    let mut codes = Vec::new();
-    if let Some(coder) = walker.coder.filter(|coder| !rows_are_codes(walker.space, coder)) {
-        let stride = coder.stride();
-        codes.reserve_exact(order.len() * stride);
-        order.iter().for_each(|node| codes.extend_from_slice(&walker.codes[*node as usize * stride..][..stride]));
-    }
-    let rows = order.iter().map(|node| walker.input(*node)).collect();
-    Sections { order: rows, vectors, codes, graph: bytes }
 }
 
 /// The graph section's header and coder.

@@ -16,6 +16,11 @@ impl Flat {
         Flat { space, rows }
     }
 
+    /// All rows.
+    pub fn rows(&self) -> &[u8] {
+        &self.rows.bytes()[..self.len() * self.space.row_bytes()]
+    }
+
     /// The row of a slot; empty where there is none.
     pub fn row(&self, slot: Slot) -> &[u8] {
         let size = self.space.row_bytes();

@@ -4,12 +4,13 @@
 //! begin. A list of links is room for so many words: a neighbour's number + 1, or 0 from where the list ends. Lists
 //! are atomics because the build links from several threads; a walk takes no lock.
 
+use std::io;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::codes::{CodedQuery, Coder};
 use crate::kernels::prefetch_word;
-use crate::raw::Words;
+use crate::raw::{Place, Words};
 use crate::request::{Budget, Marks, SearchError};
 
 /// See the module.
@@ -104,11 +105,12 @@ fn room(m: usize, layer: usize) -> usize {
 }
 
 impl Graph {
-    /// Without links, to be built. `None` where memory is short.
-    pub fn new(counts: Vec<usize>, m: usize) -> Option<Graph> {
-        let words = |(layer, count): (usize, &usize)| Words::zeroed(count.checked_mul(room(m, layer))?);
-        let layers = counts.iter().enumerate().map(words).collect::<Option<_>>()?;
-        Graph::of(counts, m, layers)
+    /// Without links, to be built.
+    pub fn new(counts: Vec<usize>, m: usize, place: Place<'_>) -> io::Result<Graph> {
+        let words = |(layer, count): (usize, &usize)| Ok(Words::Own(place.zeroed(count * room(m, layer) * 4)?));
+        let layers = counts.iter().enumerate().map(words).collect::<io::Result<_>>()?;
+        let nodes = counts.first().copied().unwrap_or(0);
+        Ok(Graph { nodes, m, counts, layers, hot: OnceLock::new() })
     }
 
     /// Of lists that are there: for each layer as many as it has nodes. `None` if they aren't.

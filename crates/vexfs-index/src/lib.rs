@@ -1,6 +1,6 @@
 //! Vectors in memory: distance kernels, quantisation, HNSW graphs (Malkov & Yashunin, arXiv 1603.09320), filters.
 //!
-//! A pure library: it opens no file, knows no FUSE and starts no thread but those of [`build`]. Rows are byte
+//! A pure library: it opens no file, knows no FUSE and starts no thread but those of [`build_in`]. Rows are byte
 //! slices, little-endian, [`Space::row_bytes`] long; queries are `f32`. Inside the index smaller distances are
 //! nearer: L2 is the squared Euclidean distance, inner product is negated, cosine is 1 − similarity.
 
@@ -30,10 +30,11 @@ mod mutable_tests;
 
 use std::sync::Arc;
 
-pub use build::{Sections, build};
+pub use build::{Built, Sections, build, build_bytes, build_in};
 pub use explore::{Connectivity, Explorer, LayerReport};
 pub use flat::Flat;
 pub use mutable::{Mutable, Reach};
+pub use raw::{Huge, Place};
 pub use request::{Effort, Filter, Neighbor, Request, Scratch, SearchError, Stats};
 pub use sealed::{FormatError, Sealed};
 pub use space::{Element, Metric, Quantization, Space, SpaceError, VectorError};

@@ -4,15 +4,39 @@
 //! are worth a third of a walk's time (a random record costs 21 ns on them and 34 ns on 4 KiB pages).
 #![allow(unsafe_code)]
 
+use std::io;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU32;
 
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
 use crate::Region;
 
-/// Zeroed bytes, page-aligned, on huge pages where the machine gives them.
+/// Where a build keeps what it works on.
+#[derive(Copy, Clone)]
+pub enum Place<'a> {
+    /// On huge pages.
+    Memory,
+    /// In files: the kernel takes their pages where memory is short. Asked for so many zeroed bytes, the function gives a
+    /// file that has no name and all its bytes on the disk, since writing where the disk is full would end the process.
+    Files(&'a (dyn Fn(u64) -> io::Result<OwnedFd> + Sync)),
+}
+
+impl Place<'_> {
+    /// So many zeroed bytes.
+    pub fn zeroed(self, len: usize) -> io::Result<Huge> {
+        match self {
+            Place::Files(file) if len > 0 => Huge::of_file(file(len as u64)?, len),
+            Place::Memory | Place::Files(_) => {
+                Huge::zeroed(len).ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))
+            }
+        }
+    }
+}
+
+/// Zeroed bytes, page-aligned, on huge pages where the machine gives them, or of a file.
 pub struct Huge {
     start: NonNull<u8>,
     len: usize,
@@ -25,7 +49,7 @@ unsafe impl Sync for Huge {}
 
 impl Huge {
     /// `None` where there is no such memory.
-    pub fn zeroed(len: usize) -> Option<Huge> {
+    pub(crate) fn zeroed(len: usize) -> Option<Huge> {
         if len == 0 {
             return Some(Huge { start: NonNull::<AtomicU32>::dangling().cast(), len });
         }
@@ -38,23 +62,41 @@ impl Huge {
         Some(Huge { start: start.cast(), len })
     }
 
+    /// The first bytes of a file that is at least as long, and is nobody else's.
+    fn of_file(file: OwnedFd, len: usize) -> io::Result<Huge> {
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing. The file has no name and its only
+        // descriptor ends here, so nobody else writes or cuts it.
+        let start = unsafe { mmap(std::ptr::null_mut(), len, protection, MapFlags::SHARED, &file, 0) }?;
+        let start = NonNull::new(start).ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
+        Ok(Huge { start: start.cast(), len })
+    }
+
+    /// The bytes.
     pub fn bytes(&self) -> &[u8] {
         // SAFETY: `len` initialised (zeroed) bytes, alive as long as `self`; `bytes_mut` excludes writers, and a
         // memory that is handed out as atomics is never read by this method (see `atomics`).
         unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
     }
 
+    /// The bytes, to write.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above, and `self` is borrowed for writing.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
     }
 
+    /// How many.
     pub fn len(&self) -> usize {
         self.len
     }
 
+    /// None at all?
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
     /// No bytes, where these begin: for prefetches.
-    pub fn nothing(&self) -> &[u8] {
+    pub(crate) fn nothing(&self) -> &[u8] {
         // SAFETY: a slice without bytes, at an address that is not null.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr(), 0) }
     }
@@ -63,7 +105,7 @@ impl Huge {
     ///
     /// # Safety
     /// They are within the memory, and nobody writes them as long as the slice lives.
-    pub unsafe fn slice(&self, at: usize, len: usize) -> &[u8] {
+    pub(crate) unsafe fn slice(&self, at: usize, len: usize) -> &[u8] {
         debug_assert!(at + len <= self.len);
         // SAFETY: the caller's promise; all bytes are initialised (zeroed).
         unsafe { std::slice::from_raw_parts(self.start.as_ptr().add(at), len) }
@@ -73,7 +115,7 @@ impl Huge {
     ///
     /// # Safety
     /// There is room for them within the memory, and nobody else reads or writes them meanwhile.
-    pub unsafe fn write(&self, at: usize, bytes: &[u8]) {
+    pub(crate) unsafe fn write(&self, at: usize, bytes: &[u8]) {
         debug_assert!(at + bytes.len() <= self.len);
         // SAFETY: the caller's promise.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.start.as_ptr().add(at), bytes.len()) };

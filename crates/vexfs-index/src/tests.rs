@@ -384,3 +384,50 @@ proptest! {
         }
     }
 }
+
+/// What is budgeted for is what a build takes, and where it keeps it changes nothing.
+#[test]
+fn a_build_in_files_is_the_one_in_memory_and_takes_what_is_said() {
+    for (element, quantization) in
+        [(Element::U8, Quantization::Sq8), (Element::F32, Quantization::Sq4), (Element::F32, Quantization::Rabitq)]
+    {
+        let space = Space::new(96, Metric::L2, element).unwrap();
+        let (rows, _) = data(&space, 3_000, 7);
+        let params = Params { quantization, ..Params::default() };
+        let taken = std::sync::atomic::AtomicU64::new(0);
+        let files = |len| {
+            taken.fetch_add(len, std::sync::atomic::Ordering::SeqCst);
+            let file = rustix::fs::memfd_create("build", rustix::fs::MemfdFlags::CLOEXEC)?;
+            rustix::fs::ftruncate(&file, len)?;
+            Ok(file)
+        };
+        let stop = AtomicBool::new(false);
+        // On one thread, so that both do the same.
+        let built = build_in(Place::Files(&files), &space, &rows, &params, 1, &stop).unwrap().unwrap();
+        let (mut codes, mut graph) = (Vec::new(), Vec::new());
+        let mut put = |bytes: &[u8]| {
+            codes.extend_from_slice(bytes);
+            Ok(())
+        };
+        built.codes(&mut put).unwrap();
+        built
+            .graph(&mut |bytes| {
+                graph.extend_from_slice(bytes);
+                Ok(())
+            })
+            .unwrap();
+        let sections = build(&space, &rows, &params, 1, &stop).unwrap();
+        assert!(sections.order == built.order && sections.codes == codes && sections.graph == graph);
+        let (taken, said) = (taken.into_inner() as usize, 3_000 * build_bytes(&space, &params));
+        assert!(taken <= said && said <= taken * 3 / 2, "{element} {quantization}: {taken} bytes, {said} are said");
+    }
+}
+
+#[test]
+fn a_build_whose_files_cant_be_made_fails() {
+    let space = Space::new(8, Metric::L2, Element::F32).unwrap();
+    let (rows, _) = data(&space, 2_000, 7);
+    let full = |_| Err(std::io::Error::from(std::io::ErrorKind::StorageFull));
+    let built = build_in(Place::Files(&full), &space, &rows, &Params::default(), 1, &AtomicBool::new(false));
+    assert_eq!(built.err().map(|error| error.kind()), Some(std::io::ErrorKind::StorageFull));
+}

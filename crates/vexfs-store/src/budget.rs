@@ -1,26 +1,36 @@
 //! How the memory that a volume may use is shared out.
 //!
-//! It covers what is kept: heads, what waits to be sealed, copies on huge pages. A build takes what it needs for the rows
-//! that it is of, a few times their bytes, and gives it back: heads are sealed early enough, and merges are kept small
-//! enough, that this fits too. A single file that is larger than that, and compacting when asked, take what they take.
+//! A half is for copies on huge pages, less what names take, which nothing can bound but the number of files. A quarter is
+//! for the one build that goes on at a time, whether it seals, merges or compacts: what needs more, be it for one large
+//! file, works in a file of its own, whose pages the kernel takes where memory is short. A head takes a fortieth,
+//! what waits to be sealed and the catalog's pages a sixteenth each. The rest is slack for what is in the middle of
+//! something: scratches, a transaction's rows, what the allocator keeps.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use vexfs_index::Index;
+use vexfs_index::{Index, build_bytes};
 
 use crate::collection::SEAL_BYTES;
+use crate::schema::Schema;
 use crate::segment::Segment;
+
+/// The catalog holds small rows that are read once; more pages in memory would only be lost to vectors.
+pub const CACHE_BYTES: usize = 8 << 20;
 
 /// See the module.
 pub struct Budget {
-    /// Bytes of a head's vectors from which it is sealed.
+    /// Bytes of a head from which it is sealed.
     pub head: usize,
-    /// Bytes of a collection's vectors that may wait to be sealed, the head aside; past it who brings more waits.
+    /// Bytes of a collection's points that may wait to be sealed, the head aside; past it who brings more waits.
     pub unsealed: usize,
-    /// Bytes of vectors that a merge may be of.
-    pub merge: u64,
-    /// Bytes left for copies on huge pages.
-    hot: AtomicU64,
+    /// Bytes of the catalog's pages.
+    pub cache: usize,
+    /// Bytes of a build, rows included, from which it works in a file.
+    build: u64,
+    /// Bytes for copies on huge pages and for names.
+    hot: u64,
+    /// Bytes of the copies that there are.
+    copied: AtomicU64,
 }
 
 impl Budget {
@@ -30,24 +40,35 @@ impl Budget {
             return Budget {
                 head: SEAL_BYTES,
                 unsealed: 4 * SEAL_BYTES,
-                merge: u64::MAX,
-                hot: AtomicU64::new(u64::MAX),
+                cache: CACHE_BYTES,
+                build: u64::MAX,
+                hot: u64::MAX,
+                copied: AtomicU64::new(0),
             };
         };
-        let eighth = usize::try_from(bytes / 8).unwrap_or(usize::MAX);
-        // A point of a head takes its vector about twice: the row and its links.
-        let head = (eighth / 2).clamp(1 << 16, SEAL_BYTES);
-        // Four heads at least, or nothing would ever be merged.
-        let merge = (bytes / 8).max(4 * head as u64);
-        Budget { head, unsealed: eighth.min(4 * SEAL_BYTES), merge, hot: AtomicU64::new(bytes / 2) }
+        let share = |part: u64| usize::try_from(bytes / part).unwrap_or(usize::MAX);
+        Budget {
+            head: share(40).min(SEAL_BYTES),
+            unsealed: share(16).min(4 * SEAL_BYTES),
+            cache: share(16).clamp(1 << 20, CACHE_BYTES),
+            build: bytes / 4,
+            hot: bytes / 2,
+            copied: AtomicU64::new(0),
+        }
     }
 
-    /// Copies to huge pages what walks of the segment read, if there is memory for it; otherwise it is served from the
-    /// map, at the price of a third of a search's time.
-    pub fn warm(&self, segment: &Segment) {
-        let wanted = segment.hot_bytes;
-        let taken = self.hot.fetch_update(Ordering::AcqRel, Ordering::Acquire, |left| left.checked_sub(wanted));
-        if taken.is_ok() {
+    /// Rows that a build in memory has room for, and so what a merge may be of. Four heads' at least: a point of a head
+    /// takes more than half of what one of a build does.
+    pub fn rows_in_memory(&self, schema: &Schema) -> u64 {
+        self.build / (schema.space.row_bytes() + build_bytes(&schema.space, &schema.params)) as u64
+    }
+
+    /// Copies to huge pages what walks of the segment read, if there is memory for it beside `names`; otherwise it is
+    /// served from the map, at the price of a third of a search's time.
+    pub fn warm(&self, segment: &Segment, names: u64) {
+        let most = self.hot.saturating_sub(names);
+        let more = |copied: u64| copied.checked_add(segment.hot_bytes).filter(|copied| *copied <= most);
+        if self.copied.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).is_ok() {
             segment.index.warm();
         }
     }
@@ -55,7 +76,7 @@ impl Budget {
     /// The segment and its copies are gone.
     pub fn cooled(&self, segment: &Segment) {
         if segment.index.memory().index > 0 {
-            self.hot.fetch_add(segment.hot_bytes, Ordering::AcqRel);
+            self.copied.fetch_sub(segment.hot_bytes, Ordering::AcqRel);
         }
     }
 }

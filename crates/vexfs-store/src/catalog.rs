@@ -159,19 +159,17 @@ pub struct Catalog {
     database: Option<Database>,
     file: Arc<dyn DiskFile>,
     repaired: bool,
+    cache: usize,
 }
 
 /// The file's name in the state directory.
 pub const FILE: &str = "catalog";
-/// The catalog holds small rows that are read once; a large page cache would only be lost to vectors.
-const CACHE_BYTES: usize = 8 << 20;
-
 impl Catalog {
-    /// Opens or makes the catalog.
-    pub fn open(disk: &dyn Disk) -> Result<(Catalog, Rows), OpenError> {
+    /// Opens or makes the catalog, with so many bytes for pages in memory.
+    pub fn open(disk: &dyn Disk, cache: usize) -> Result<(Catalog, Rows), OpenError> {
         let file = disk.open(FILE).map_err(|source| OpenError::Io { what: FILE.to_owned(), source })?;
         let catalog = |error: &dyn fmt::Display| OpenError::Catalog(error.to_string());
-        let mut this = Catalog { database: None, file, repaired: false };
+        let mut this = Catalog { database: None, file, repaired: false, cache };
         // A clean database is taken on trust by redb, page by page; ours must not be.
         if let Err(error) = this.verify() {
             this.let_go();
@@ -222,7 +220,7 @@ impl Catalog {
             Some(database) => Ok(database),
             empty => {
                 let database = Database::builder()
-                    .set_cache_size(CACHE_BYTES)
+                    .set_cache_size(self.cache)
                     .create_with_backend(Backend(Arc::clone(&self.file)))?;
                 Ok(empty.insert(database))
             }

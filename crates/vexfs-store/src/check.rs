@@ -7,6 +7,7 @@ use std::sync::atomic::AtomicBool;
 
 use vexfs_index::Index;
 
+use crate::budget::CACHE_BYTES;
 use crate::catalog::{self, Catalog, Changes, Content, Rows};
 use crate::disk::{Disk, read_small};
 use crate::error::OpenError;
@@ -88,7 +89,7 @@ pub fn check(disk: &dyn Disk, repair: bool) -> Result<Checked, OpenError> {
             }
         }
     }
-    match Catalog::open(disk) {
+    match Catalog::open(disk, CACHE_BYTES) {
         Ok((catalog, rows)) => {
             if catalog.repaired() {
                 checked.note(catalog::FILE, "redb went back to its last sound state");

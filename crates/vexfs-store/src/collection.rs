@@ -12,7 +12,7 @@ use crate::sync::{ArcSwap, ArcSwapOption, Mutex};
 
 /// Points in a head beyond which it is sealed.
 pub const SEAL_POINTS: usize = 50_000;
-/// Bytes of full vectors in a head beyond which it is sealed.
+/// Bytes of a head beyond which it is sealed.
 pub const SEAL_BYTES: usize = 64 << 20;
 /// Rows of one file from which it becomes a segment of its own without passing through the head.
 pub const BULK_ROWS: usize = 8_192;
@@ -76,19 +76,14 @@ impl Collection {
         }
     }
 
-    /// Is the head large enough to be sealed: by its points, or by these bytes of vectors?
+    /// Is the head large enough to be sealed: by its points, or by these bytes?
     pub fn head_is_full(&self, bytes: usize) -> bool {
-        self.head().is_some_and(|head| {
-            let index = head.index();
-            index.len() >= SEAL_POINTS || index.len() * index.space().row_bytes() >= bytes
-        })
+        self.head().is_some_and(|head| head.index().len() >= SEAL_POINTS || head.waiting_bytes() >= bytes)
     }
 
-    /// Bytes of full vectors that wait to be sealed, the head aside.
+    /// Bytes that wait to be sealed, the head aside.
     pub fn unsealed_bytes(&self) -> usize {
-        let parts = self.parts.load();
-        let waiting = parts.iter().skip(1).filter(|part| part.as_segment().is_none());
-        waiting.map(|part| part.index().len() * part.index().space().row_bytes()).sum()
+        self.parts.load().iter().skip(1).map(|part| part.waiting_bytes()).sum()
     }
 
     /// Points that a search can return.

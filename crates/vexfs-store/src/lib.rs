@@ -20,6 +20,7 @@ mod part;
 mod put;
 mod rekey;
 mod report;
+mod rows;
 #[cfg(test)]
 #[cfg(feature = "schedules")]
 mod schedules;
@@ -42,6 +43,7 @@ pub use identity::FORMAT_VERSION;
 pub use put::Target;
 pub use rekey::{Locate, Located};
 pub use report::{CollectionReport, FileCounts, FileError, Quarantined, Report};
+pub use rows::Rows;
 pub use schema::{Config, Schema};
 pub use search::{Answer, Hit, MAX_K, Query, Verdict};
 pub use vexfs_index as index;

@@ -4,18 +4,19 @@
 //! Sealing, merging and rewriting are one thing, [`rewrite`]: the live rows of some parts become one segment that
 //! takes their place.
 
+use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
-use vexfs_index::{Index, Scratch, Slot};
+use vexfs_index::{Index, Place, Scratch, Slot, build_in};
 
 use crate::catalog::Content;
 use crate::collection::{Collection, new_head};
 use crate::id::SegmentId;
-use crate::part::{Part, Reading};
+use crate::part::Part;
 use crate::segment::{self, Segment, SegmentFile};
 use crate::volume::Inner;
 
@@ -79,7 +80,7 @@ fn verify_all(inner: &Inner) {
         for part in collection.parts.load_full().iter() {
             let Some(segment) = part.as_segment() else { continue };
             match segment.verify(&inner.stop) {
-                Ok(true) => inner.budget.warm(segment),
+                Ok(true) => inner.warm(segment),
                 Ok(false) => return,
                 Err(error) => inner.quarantine(&collection, part, &error),
             }
@@ -162,8 +163,9 @@ fn freeze_if(inner: &Inner, collection: &Collection, wanted: impl FnOnce() -> bo
 /// One rewriting, if there is one to do.
 fn step(inner: &Inner, collection: &Collection) -> io::Result<bool> {
     let _alone = inner.rewriting.lock();
+    let Some(schema) = collection.schema.load_full() else { return Ok(false) };
     let parts = collection.parts.load_full();
-    let inputs = choose(parts.get(1..).unwrap_or_default(), inner.budget.merge);
+    let inputs = choose(parts.get(1..).unwrap_or_default(), inner.budget.rows_in_memory(&schema));
     if inputs.is_empty() {
         return Ok(false);
     }
@@ -171,7 +173,7 @@ fn step(inner: &Inner, collection: &Collection) -> io::Result<bool> {
 }
 
 /// What to rewrite next of all but the head: what is no segment yet, each for itself; a segment that is half
-/// dead; of the smallest size class that is full as many as make no more than `most` bytes of vectors.
+/// dead; of the smallest size class that is full as many as make no more than `most` rows.
 pub(crate) fn choose(parts: &[Arc<Part>], most: u64) -> Vec<Arc<Part>> {
     if let Some(part) = parts.iter().find(|part| part.as_segment().is_none()) {
         return vec![Arc::clone(part)];
@@ -184,15 +186,14 @@ pub(crate) fn choose(parts: &[Arc<Part>], most: u64) -> Vec<Arc<Part>> {
     let mut classes: Vec<u32> = parts.iter().map(|part| class(part)).collect();
     classes.sort_unstable();
     classes.dedup();
-    let bytes = |part: &Arc<Part>| live(part) * part.index().space().row_bytes() as u64;
     classes
         .into_iter()
         .map(|wanted| {
             let mut members: Vec<Arc<Part>> = parts.iter().filter(|part| class(part) == wanted).cloned().collect();
-            members.sort_by_key(bytes);
+            members.sort_by_key(|part| live(part));
             let mut sum = 0;
             let fit = members.iter().take_while(|part| {
-                sum += bytes(part);
+                sum += live(part);
                 sum <= most
             });
             let fit = fit.count();
@@ -206,9 +207,6 @@ pub(crate) fn choose(parts: &[Arc<Part>], most: u64) -> Vec<Arc<Part>> {
 /// Makes one durable segment of the live rows of `inputs` and puts it in their place. False if it was stopped.
 pub(crate) fn rewrite(inner: &Inner, collection: &Collection, inputs: &[Arc<Part>]) -> io::Result<bool> {
     let Some(schema) = collection.schema.load_full() else { return Ok(false) };
-    let (mut rows, mut bytes) = (Vec::new(), Vec::new());
-    let mut readings: Vec<Arc<Reading>> = Vec::new();
-    let mut points: Vec<(u32, u32)> = Vec::new();
     for part in inputs {
         // What rotted must not get new checksums.
         match part.as_segment().map_or(Ok(true), |segment| segment.verify(&inner.stop)) {
@@ -219,51 +217,68 @@ pub(crate) fn rewrite(inner: &Inner, collection: &Collection, inputs: &[Arc<Part
                 return Ok(false);
             }
         }
-        let mut numbers = std::collections::HashMap::new();
-        for (slot, reading, row) in part.live() {
-            if !part.index().read(slot, &mut bytes) {
-                // Ended, and deleted, a moment ago.
-                continue;
-            }
-            let number = *numbers.entry(Arc::as_ptr(&reading)).or_insert_with(|| {
-                readings.push(Arc::clone(&reading));
-                readings.len() as u32 - 1
-            });
-            points.push((number, row));
-            rows.extend_from_slice(&bytes);
-        }
     }
+    let size = schema.space.row_bytes();
+    let most: usize = inputs.iter().map(|part| part.live().count()).sum();
+    let files = |len| inner.disk.scratch(len);
+    let place = if most as u64 <= inner.budget.rows_in_memory(&schema) { Place::Memory } else { Place::Files(&files) };
+    let mut gathered;
+    let (mut readings, mut points) = (Vec::new(), Vec::with_capacity(most));
+    let whole = match inputs {
+        [part] => part.as_flat().filter(|flat| flat.len() == most),
+        _ => None,
+    };
+    let rows = match whole {
+        // As they lie, all of them, also if their reading ends meanwhile.
+        Some(flat) => {
+            readings.extend(inputs.iter().flat_map(|part| part.readings()).cloned());
+            points.extend((0..most as u32).map(|row| (0, row)));
+            flat.rows()
+        }
+        None => {
+            gathered = place.zeroed(most * size)?;
+            let mut room = gathered.bytes_mut().chunks_exact_mut(size);
+            let mut bytes = Vec::new();
+            for part in inputs {
+                let mut numbers = HashMap::new();
+                for (slot, reading, row) in part.live() {
+                    // What ended, and was deleted, a moment ago can't be read.
+                    if !part.index().read(slot, &mut bytes) {
+                        continue;
+                    }
+                    let Some(to) = room.next() else { break };
+                    to.copy_from_slice(&bytes);
+                    let number = *numbers.entry(Arc::as_ptr(reading)).or_insert_with(|| {
+                        readings.push(Arc::clone(reading));
+                        readings.len() as u32 - 1
+                    });
+                    points.push((number, row));
+                }
+            }
+            &gathered.bytes()[..points.len() * size]
+        }
+    };
     let output = if points.is_empty() {
         None
     } else {
         let threads = inner.options.threads;
-        let Some(sections) = vexfs_index::build(&schema.space, &rows, &schema.params, threads, &inner.stop) else {
-            return Ok(false);
-        };
-        drop(rows);
+        let built = build_in(place, &schema.space, rows, &schema.params, threads, &inner.stop)?;
+        let Some(built) = built else { return Ok(false) };
         let files: Vec<SegmentFile> =
             readings.iter().map(|r| SegmentFile { file: r.file, generation: r.generation, rows: r.rows }).collect();
-        let points: Vec<(u32, u32)> = sections.order.iter().map(|row| points[*row as usize]).collect();
         let id = {
             let mut writer = inner.writer.lock();
             writer.meta.next_segment += 1;
             SegmentId(writer.meta.next_segment)
         };
-        let content = segment::Content {
-            space: schema.space,
-            files: &files,
-            points: &points,
-            vectors: &sections.vectors,
-            codes: &sections.codes,
-            graph: &sections.graph,
-        };
+        let content = segment::Content { space: schema.space, files: &files, points: &points, rows, built: &built };
         segment::write(&*inner.disk, id, &content)?;
-        drop(sections);
+        drop(built);
         let segment = Segment::open(&*inner.disk, id).map_err(io::Error::other)?;
         if !segment.verify(&inner.stop).map_err(io::Error::other)? {
             return Ok(false);
         }
-        inner.budget.warm(&segment);
+        inner.warm(&segment);
         Some(Part::sealed(segment, readings))
     };
     replace(inner, collection, inputs, output)?;

@@ -68,6 +68,8 @@ impl Reading {
         let mut holders = self.holders.lock();
         // A counter that nobody else has belonged to a part that is gone.
         holders.retain(|holder| Arc::strong_count(holder) > 1);
+        // One, or two while a segment takes another's place.
+        holders.reserve_exact(1);
         holders.push(Arc::clone(ended));
         if self.ended() {
             ended.fetch_add(u64::from(self.rows), Ordering::AcqRel);
@@ -236,13 +238,28 @@ impl Part {
     }
 
     /// Slots of the part whose reading has not ended: slot, reading, row.
-    pub fn live(&self) -> Vec<(Slot, Arc<Reading>, u32)> {
-        (0..self.index().len() as u32)
-            .filter_map(|slot| {
-                let (reading, row) = self.resolve(Slot(slot))?;
-                (!reading.ended()).then(|| (Slot(slot), Arc::clone(reading), row))
-            })
-            .collect()
+    pub fn live(&self) -> impl Iterator<Item = (Slot, &Arc<Reading>, u32)> {
+        (0..self.index().len() as u32).filter_map(|slot| {
+            let (reading, row) = self.resolve(Slot(slot))?;
+            (!reading.ended()).then_some((Slot(slot), reading, row))
+        })
+    }
+
+    /// One file's rows, all of them in slot order, where it is that and no segment yet.
+    pub fn as_flat(&self) -> Option<&Flat> {
+        match &self.store {
+            Store::Flat { index, .. } => Some(index),
+            _ => None,
+        }
+    }
+
+    /// Bytes of the points of what is no segment.
+    pub fn waiting_bytes(&self) -> usize {
+        match &self.store {
+            Store::Head(head) => head.index.len() * head.index.point_bytes(),
+            Store::Flat { index, .. } => index.len() * index.space().row_bytes(),
+            Store::Sealed { .. } => 0,
+        }
     }
 
     /// Points whose reading has not ended.

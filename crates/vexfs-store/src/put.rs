@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use vexfs_index::{Element, Flat, Space, VectorError};
+use vexfs_index::{Bytes, Element, Flat, Space, VectorError};
 
 use crate::catalog::{CollectionRow, Content, Fingerprint};
 use crate::collection::{BULK_ROWS, Collection};
@@ -12,6 +12,7 @@ use crate::error::PutError;
 use crate::id::{CollectionId, FileId, Generation};
 use crate::maintain;
 use crate::part::{Part, Reading};
+use crate::rows::Rows;
 use crate::schema::Config;
 use crate::volume::{Inner, SyncMode, Volume, Writer};
 
@@ -76,11 +77,12 @@ impl Volume {
         file: FileId,
         fingerprint: Fingerprint,
         target: &Target,
-        rows: Vec<u8>,
+        rows: impl Into<Rows>,
     ) -> Result<bool, PutError> {
         let inner = &*self.inner;
         let collection = &target.collection;
-        let count = rows.len() / target.space.row_bytes();
+        let rows = rows.into();
+        let count = rows.bytes().len() / target.space.row_bytes();
         let count_u32 = u32::try_from(count)
             .map_err(|_| PutError::TooLarge(format!("{count} rows are more than a file may bring")))?;
         // By the writer too, as the thread that seals may be at a build: a head is never much larger than it may be.
@@ -93,7 +95,7 @@ impl Volume {
         };
         let reading = Reading::unborn(file, generation, count_u32);
         if count >= BULK_ROWS {
-            let index = Flat::new(target.space, vexfs_index::region_from(rows));
+            let index = Flat::new(target.space, Arc::new(rows));
             let part = Part::flat(index, Arc::clone(&reading));
             let _writer = inner.writer.lock();
             let mut parts = Vec::clone(&collection.parts.load());
@@ -101,7 +103,7 @@ impl Volume {
             inner.exchange_parts(collection, parts);
         } else {
             let link = inner.sync_mode() == SyncMode::Immediate;
-            inner.with_scratch(|scratch| collection.append(&reading, &rows, link, scratch));
+            inner.with_scratch(|scratch| collection.append(&reading, rows.bytes(), link, scratch));
         }
 
         let mut writer = inner.writer.lock();

@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use vexfs_index::{Bytes, Element, FormatError, Index, Metric, Region, Sealed, Space};
+use vexfs_index::{Built, Bytes, Element, FormatError, Index, Metric, Region, Sealed, Space};
 
 use crate::disk::Disk;
 use crate::id::{FileId, Generation, SegmentId};
@@ -96,14 +96,12 @@ pub struct Content<'a> {
     pub space: Space,
     /// The files, in any order.
     pub files: &'a [SegmentFile],
-    /// For each slot: index into `files`, row.
+    /// For each row: index into `files`, row there.
     pub points: &'a [(u32, u32)],
-    /// Rows in slot order.
-    pub vectors: &'a [u8],
-    /// The index's codes.
-    pub codes: &'a [u8],
-    /// The index's graph.
-    pub graph: &'a [u8],
+    /// What the index was built over.
+    pub rows: &'a [u8],
+    /// The index.
+    pub built: &'a Built,
 }
 
 /// Writes a segment and makes it durable. On an error no segment of this id exists.
@@ -127,37 +125,39 @@ pub fn write(disk: &dyn Disk, id: SegmentId, content: &Content<'_>) -> io::Resul
 }
 
 fn write_to(disk: &dyn Disk, name: &str, id: SegmentId, content: &Content<'_>) -> io::Result<()> {
-    let files: Vec<u8> = content
-        .files
-        .iter()
-        .flat_map(|file| {
-            let mut entry = [0; FILE_ENTRY];
-            entry[..8].copy_from_slice(&file.file.0.to_le_bytes());
-            entry[8..16].copy_from_slice(&file.generation.0.to_le_bytes());
-            entry[16..20].copy_from_slice(&file.rows.to_le_bytes());
-            entry
-        })
-        .collect();
-    let points: Vec<u8> = content
-        .points
-        .iter()
-        .flat_map(|(file, row)| {
-            let mut entry = [0; POINT_ENTRY];
-            entry[..4].copy_from_slice(&file.to_le_bytes());
-            entry[4..].copy_from_slice(&row.to_le_bytes());
-            entry
-        })
-        .collect();
-
     let file = disk.open(name)?;
     file.set_len(0)?;
     let mut out = Blocks { file: &*file, block: Vec::with_capacity(BLOCK), offset: 0, crcs: Vec::new() };
     let mut sections = Vec::new();
-    for section in [&files[..], &points, content.vectors, content.codes, content.graph] {
+    let mut section = |out: &mut Blocks<'_>, fill: &dyn Fn(&mut Blocks<'_>) -> io::Result<()>| {
         out.align()?;
-        sections.push((out.position(), section.len() as u64));
-        out.put(section)?;
-    }
+        let start = out.position();
+        fill(out)?;
+        sections.push((start, out.position() - start));
+        Ok::<(), io::Error>(())
+    };
+    let Content { space, files, points, rows, built } = content;
+    section(&mut out, &|out| {
+        files.iter().try_for_each(|file| {
+            let mut entry = [0; FILE_ENTRY];
+            entry[..8].copy_from_slice(&file.file.0.to_le_bytes());
+            entry[8..16].copy_from_slice(&file.generation.0.to_le_bytes());
+            entry[16..20].copy_from_slice(&file.rows.to_le_bytes());
+            out.put(&entry)
+        })
+    })?;
+    section(&mut out, &|out| {
+        built.order.iter().try_for_each(|at| {
+            let (file, row) = points[*at as usize];
+            let mut entry = [0; POINT_ENTRY];
+            entry[..4].copy_from_slice(&file.to_le_bytes());
+            entry[4..].copy_from_slice(&row.to_le_bytes());
+            out.put(&entry)
+        })
+    })?;
+    section(&mut out, &|out| built.vectors(space, rows, &mut |bytes| out.put(bytes)))?;
+    section(&mut out, &|out| built.codes(&mut |bytes| out.put(bytes)))?;
+    section(&mut out, &|out| built.graph(&mut |bytes| out.put(bytes)))?;
     out.align()?;
     out.flush()?;
     let at = out.offset;

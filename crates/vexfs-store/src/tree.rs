@@ -11,10 +11,14 @@ use crate::id::FileId;
 /// Deeper than any path that Linux can name; a walk up that is longer has met a loop.
 const MAX_DEPTH: usize = 4096;
 
+/// What a file of a name of usual length takes, its reading included; measured.
+const FILE_BYTES: u64 = 400;
+
 /// The rows of files and directories, in memory, and which of them the catalog has not got yet.
 #[derive(Default)]
 pub struct Tree {
-    files: HashMap<FileId, FileRow>,
+    /// Boxed, so that making the table larger takes little.
+    files: HashMap<FileId, Box<FileRow>>,
     dirs: HashMap<FileId, Link>,
     /// Rows of attached vectors.
     attached: usize,
@@ -28,12 +32,18 @@ impl Tree {
     /// From the catalog's rows.
     pub fn new(files: Vec<(FileId, FileRow)>, dirs: Vec<(FileId, Link)>) -> Tree {
         let attached = files.iter().filter(|(file, _)| file.is_attached()).count();
-        Tree { files: files.into_iter().collect(), dirs: dirs.into_iter().collect(), attached, ..Tree::default() }
+        let files = files.into_iter().map(|(id, row)| (id, Box::new(row))).collect();
+        Tree { files, dirs: dirs.into_iter().collect(), attached, ..Tree::default() }
     }
 
     /// A file's row.
     pub fn file(&self, file: FileId) -> Option<&FileRow> {
-        self.files.get(&file)
+        self.files.get(&file).map(|row| &**row)
+    }
+
+    /// Bytes that the rows take in memory, with what else is kept of each file, about.
+    pub fn bytes(&self) -> u64 {
+        (self.files.len() + self.dirs.len()) as u64 * FILE_BYTES
     }
 
     /// A file's row to change; it will be written.
@@ -50,7 +60,7 @@ impl Tree {
 
     /// All files.
     pub fn files(&self) -> impl Iterator<Item = (FileId, &FileRow)> {
-        self.files.iter().map(|(id, row)| (*id, row))
+        self.files.iter().map(|(id, row)| (*id, &**row))
     }
 
     /// All directories.
@@ -97,7 +107,7 @@ impl Tree {
         let attached = &mut self.attached;
         let row = self.files.entry(file).or_insert_with(|| {
             *attached += usize::from(file.is_attached());
-            FileRow { links: Vec::new(), fingerprint: Fingerprint::default(), content: Content::Unread }
+            Box::new(FileRow { links: Vec::new(), fingerprint: Fingerprint::default(), content: Content::Unread })
         });
         if row.links.contains(&link) {
             return false;
@@ -105,6 +115,8 @@ impl Tree {
         if !row.links.is_empty() {
             self.epoch += 1;
         }
+        // Nearly every file has one.
+        row.links.reserve_exact(1);
         row.links.push(link);
         self.dirty_files.insert(file);
         true
@@ -126,7 +138,7 @@ impl Tree {
 
     /// Takes a file's row away.
     pub fn remove_file(&mut self, file: FileId) -> Option<FileRow> {
-        let row = self.files.remove(&file)?;
+        let row = *self.files.remove(&file)?;
         self.attached -= usize::from(file.is_attached());
         self.dirty_files.insert(file);
         self.epoch += 1;

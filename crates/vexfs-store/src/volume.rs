@@ -147,7 +147,7 @@ impl Volume {
             return Err(OpenError::Busy);
         }
         let uuid = identity::open(&*disk)?;
-        let (catalog, rows) = Catalog::open(&*disk)?;
+        let (catalog, rows) = Catalog::open(&*disk, Budget::new(options.memory).cache)?;
         let mut recovery = Recovery::default();
         let inner = Arc::new(load(disk, options, uuid, catalog, rows, &mut recovery)?);
         Ok((Volume { inner, threads: Vec::new() }, recovery))
@@ -398,6 +398,12 @@ impl Inner {
     /// Notes a change under the writer's lock.
     pub(crate) fn changed(&self, writer: &mut Writer) {
         writer.changes += 1;
+    }
+
+    /// Copies what walks of a segment read, where there is memory for it.
+    pub(crate) fn warm(&self, segment: &Segment) {
+        let names = self.tree.read().bytes();
+        self.budget.warm(segment, names);
     }
 
     /// Tells the threads that there is work.

@@ -33,8 +33,9 @@ pub struct MountArgs {
     /// Where the index is kept [default: SOURCE/.vexfs].
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
-    /// Memory that the index may keep, such as 64M or 2G: heads, what waits to be sealed, copies for faster searches,
-    /// merges. A single larger file takes more while it is built, and names are not counted [default: what is useful].
+    /// Memory that the index may take, such as 64M or 2G: heads, what waits to be sealed, the catalog's pages, copies for
+    /// faster searches, builds. What a build needs more it keeps in a file of the state directory. Names, some 400 bytes a
+    /// file, take the place of copies, and are kept also where they are more [default: what is useful].
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     memory: Option<u64>,
     /// I promise that the source is changed through this mount alone: the kernel keeps names and directories' attributes

@@ -136,19 +136,31 @@ impl Source {
 
     /// All rows, encoded for `space`.
     pub fn encode(self, space: &Space) -> Result<Vec<u8>, Refusal> {
-        let Shape { rows, .. } = self.shape();
-        let bytes = (rows as u64).saturating_mul(space.row_bytes() as u64);
+        let mut out = Vec::with_capacity(self.encoded_bytes(space)?);
+        self.encode_each(space, &mut |row| out.extend_from_slice(row))?;
+        Ok(out)
+    }
+
+    /// Bytes of all rows, encoded for `space`.
+    pub fn encoded_bytes(&self, space: &Space) -> Result<usize, Refusal> {
+        let bytes = (self.shape().rows as u64).saturating_mul(space.row_bytes() as u64);
         if bytes > MAX_BYTES {
             return Err(Refusal::too_big(format!("{bytes} bytes of vectors; a file may bring {MAX_BYTES}")));
         }
-        let mut out = Vec::with_capacity(bytes as usize);
-        let mut row = 0;
+        Ok(bytes as usize)
+    }
+
+    /// Visits the rows in order, encoded for `space`.
+    pub fn encode_each(self, space: &Space, visit: &mut dyn FnMut(&[u8])) -> Result<(), Refusal> {
+        self.encoded_bytes(space)?;
+        let (mut encoded, mut row) = (Vec::with_capacity(space.row_bytes()), 0);
         self.for_each(&mut |vector| {
-            space.encode(vector, &mut out).map_err(|error| Refusal::from(PutError::Vector { row, error }))?;
+            encoded.clear();
+            space.encode(vector, &mut encoded).map_err(|error| Refusal::from(PutError::Vector { row, error }))?;
+            visit(&encoded);
             row += 1;
             Ok(())
-        })?;
-        Ok(out)
+        })
     }
 
     /// All rows as numbers.

@@ -2,6 +2,7 @@ use std::sync::atomic::AtomicBool;
 
 use super::*;
 use crate::graph::Graph;
+use crate::raw::Place;
 use crate::{Element, Metric, Params, Space, build, region, region_from};
 
 fn rows(space: &Space, n: usize) -> Vec<u8> {
@@ -100,7 +101,7 @@ fn a_point_that_lost_its_links_is_named() {
     let graph = whole.graph.as_ref().unwrap();
     let counts = &graph.counts;
     // A graph of the same layers with what leads to node 1,400 taken away, and one link to nowhere.
-    let damaged = Graph::new(counts.clone(), graph.m).unwrap();
+    let damaged = Graph::new(counts.clone(), graph.m, Place::Memory).unwrap();
     for (layer, count) in counts.iter().enumerate() {
         for node in 0..*count as u32 {
             let kept = graph.links(layer, node).filter(|other| *other != 1_400);

@@ -79,6 +79,12 @@ impl Mutable {
         }
     }
 
+    /// Bytes that a point takes, about: row, links, and what tells of both.
+    pub fn point_bytes(&self) -> usize {
+        let m = self.params.m;
+        self.space.row_bytes() + 4 * (2 * m + m.div_ceil(m - 1)) + 32
+    }
+
     /// Adds a row, pending: searches find it from now on. Slots are given out from 0 upwards, each once.
     pub fn push(&self, row: &[u8]) -> Slot {
         let slot = self.places.push(AtomicU32::new(0));

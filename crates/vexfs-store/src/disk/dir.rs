@@ -5,9 +5,11 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
-use rustix::fs::{AtFlags, Mode, OFlags, mkdirat, openat, renameat, unlinkat};
+use rustix::fs::{AtFlags, FallocateFlags, Mode, OFlags, fallocate, mkdirat, openat, renameat, unlinkat};
+use rustix::io::Errno;
 use vexfs_index::{Bytes, Region};
 
 use super::{Disk, DiskFile};
@@ -16,12 +18,14 @@ use super::{Disk, DiskFile};
 pub struct DirDisk {
     root: OwnedFd,
     lock: Mutex<Option<File>>,
+    /// Scratch files that were ever made.
+    scratches: AtomicU64,
 }
 
 impl DirDisk {
     /// `root` is a descriptor of the directory, opened before anything is mounted over it.
     pub fn new(root: OwnedFd) -> DirDisk {
-        DirDisk { root, lock: Mutex::new(None) }
+        DirDisk { root, lock: Mutex::new(None), scratches: AtomicU64::new(0) }
     }
 
     fn open_file(&self, name: &str, flags: OFlags) -> io::Result<File> {
@@ -29,7 +33,7 @@ impl DirDisk {
             && flags.contains(OFlags::CREATE)
         {
             match mkdirat(&self.root, folder, Mode::RWXU) {
-                Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+                Ok(()) | Err(Errno::EXIST) => {}
                 Err(errno) => return Err(errno.into()),
             }
         }
@@ -49,7 +53,7 @@ impl Disk for DirDisk {
 
     fn remove(&self, name: &str) -> io::Result<()> {
         match unlinkat(&self.root, name, AtFlags::empty()) {
-            Ok(()) | Err(rustix::io::Errno::NOENT) => Ok(()),
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
             Err(errno) => Err(errno.into()),
         }
     }
@@ -58,7 +62,7 @@ impl Disk for DirDisk {
         let folder = if folder.is_empty() { "." } else { folder };
         let fd = match openat(&self.root, folder, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) {
             Ok(fd) => fd,
-            Err(rustix::io::Errno::NOENT) => return Ok(Vec::new()),
+            Err(Errno::NOENT) => return Ok(Vec::new()),
             Err(errno) => return Err(errno.into()),
         };
         let mut names = Vec::new();
@@ -81,6 +85,25 @@ impl Disk for DirDisk {
     fn map(&self, name: &str) -> io::Result<Region> {
         let file = self.open_file(name, OFlags::RDONLY)?;
         Ok(Arc::new(Mapping(map_file(&file)?)))
+    }
+
+    fn scratch(&self, len: u64) -> io::Result<OwnedFd> {
+        // By a name that is taken away again: not every file system makes files without one. Where a crash leaves it, the
+        // next open removes it with all that no manifest names.
+        let name = format!("segments/scratch-{}", self.scratches.fetch_add(1, Ordering::Relaxed));
+        let file = self.open_file(&name, OFlags::RDWR | OFlags::CREATE | OFlags::EXCL)?;
+        self.remove(&name)?;
+        match fallocate(&file, FallocateFlags::empty(), 0, len) {
+            // Written out where space can't be set aside.
+            Err(Errno::OPNOTSUPP) => {
+                let zeros = vec![0; 1 << 20];
+                for at in (0..len).step_by(zeros.len()) {
+                    file.write_all_at(&zeros[..zeros.len().min((len - at) as usize)], at)?;
+                }
+            }
+            done => done?,
+        }
+        Ok(file.into())
     }
 
     fn lock(&self) -> io::Result<bool> {

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -214,6 +215,7 @@ struct Shared {
     names: Mutex<Names>,
     calls: AtomicU64,
     reads: AtomicU64,
+    scratched: AtomicU64,
     fault: Mutex<Option<(u64, Fault)>>,
     read_fault: Mutex<Option<(u64, i32)>>,
     watcher: Mutex<Option<Watcher>>,
@@ -233,6 +235,11 @@ impl MemDisk {
     /// Calls that read.
     pub fn reads(&self) -> u64 {
         self.0.reads.load(Ordering::SeqCst)
+    }
+
+    /// Bytes of all scratch files that were ever made.
+    pub fn scratched(&self) -> u64 {
+        self.0.scratched.load(Ordering::SeqCst)
     }
 
     /// Arms a fault for the `at`-th changing call, counted from 0 since the disk was made.
@@ -351,6 +358,14 @@ impl MemDisk {
 }
 
 impl Disk for MemDisk {
+    fn scratch(&self, len: u64) -> io::Result<OwnedFd> {
+        self.whole_turn()?;
+        self.0.scratched.fetch_add(len, Ordering::SeqCst);
+        let fd = rustix::fs::memfd_create("scratch", rustix::fs::MemfdFlags::CLOEXEC)?;
+        rustix::fs::ftruncate(&fd, len)?;
+        Ok(fd)
+    }
+
     fn open(&self, name: &str) -> io::Result<Arc<dyn DiskFile>> {
         self.whole_turn()?;
         let mut names = self.0.names.lock();

@@ -9,6 +9,7 @@ mod mem;
 mod tests;
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 pub use dir::DirDisk;
@@ -29,6 +30,9 @@ pub trait Disk: Send + Sync {
     fn sync_dir(&self, folder: &str) -> io::Result<()>;
     /// A whole file, read-only. Its bytes must not change while the region lives.
     fn map(&self, name: &str) -> io::Result<Region>;
+    /// A file of so many zeroed bytes that has no name and ends with its descriptor. All of it is on the disk: writing to
+    /// it can't fail for want of space.
+    fn scratch(&self, len: u64) -> io::Result<OwnedFd>;
     /// Takes the volume for this process; false if another holds it. Held until the disk is dropped.
     fn lock(&self) -> io::Result<bool>;
 }

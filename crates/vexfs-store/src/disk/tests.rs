@@ -1,4 +1,5 @@
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 
 use super::*;
 
@@ -25,6 +26,12 @@ fn behaves(disk: &dyn Disk) {
     disk.sync_dir("segments").unwrap();
     disk.remove("segments/x").unwrap();
     disk.remove("segments/x").unwrap();
+    let scratches = [disk.scratch(70_000).unwrap(), disk.scratch(70_000).unwrap()].map(std::fs::File::from);
+    scratches[0].write_at(b"abc", 69_997).unwrap();
+    assert_eq!(scratches[0].metadata().unwrap().len(), 70_000);
+    scratches[1].read_exact_at(&mut out[..3], 69_997).unwrap();
+    assert_eq!(&out[..3], &[0; 3], "each has bytes of its own");
+    assert!(disk.list("segments").unwrap().is_empty(), "a scratch has no name");
     assert!(disk.map("segments/x").is_err());
     assert!(disk.lock().unwrap());
 }
@@ -36,6 +43,8 @@ fn the_disk_in_memory_does_what_a_directory_does() {
     let fd = OwnedFd::from(std::fs::File::open(dir.path()).unwrap());
     let disk = DirDisk::new(fd);
     behaves(&disk);
+    assert!(disk.scratch(1 << 62).is_err(), "the bytes are on the disk, and there is no such disk");
+    assert!(disk.list("segments").unwrap().is_empty());
     let again = DirDisk::new(OwnedFd::from(std::fs::File::open(dir.path()).unwrap()));
     assert!(!again.lock().unwrap(), "the lock is held");
 }

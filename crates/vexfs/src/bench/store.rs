@@ -54,6 +54,8 @@ enum What {
     Immediate,
     /// All rows as one file, until they are linked; beside the build in process.
     Bulk,
+    /// The build in process alone.
+    Build,
     /// From opening to the first answer, of a store that `bulk` left; then a load of searches, the most anonymous memory
     /// meanwhile, and the recall.
     Open,
@@ -93,7 +95,9 @@ fn put(volume: &Volume, file: u64, rows: &[u8], base: &Rows, time: i128) -> Resu
     volume.link(file, Link { parent: FileId::ROOT, name: format!("{}.npy", file.0).into_bytes() });
     let target = volume.prepare(file, base.space.dim(), base.space.element()).map_err(|error| error.to_string())?;
     let print = Fingerprint { size: rows.len() as u64, mtime: time, ctime: time };
-    volume.put(file, print, &target, rows.to_vec()).map_err(|error| error.to_string())?;
+    let mut room = volume.rows(&target, rows.len() / base.space.row_bytes());
+    room.push(rows);
+    volume.put(file, print, &target, room).map_err(|error| error.to_string())?;
     Ok(())
 }
 
@@ -115,12 +119,28 @@ fn read_rows(args: &StoreArgs, rows: Option<usize>) -> Result<Rows, String> {
     Ok(Rows { bytes, space })
 }
 
+/// What a store is filled with.
+fn read_filled(args: &StoreArgs) -> Result<Rows, String> {
+    let mut base = read_rows(args, args.rows)?;
+    if args.copies > 1 {
+        base.bytes = base.bytes.repeat(args.copies);
+    }
+    Ok(base)
+}
+
 /// Measures and prints a line of JSON.
 pub fn store(args: &StoreArgs) -> Result<(), String> {
     let line = match args.what {
         What::Open => first_answer(args)?,
         What::Lazy | What::Immediate => filled(args, |volume, base| inserts(volume, base, args.what))?,
-        What::Bulk => filled(args, bulk)?,
+        What::Bulk => {
+            let mut line = filled(args, bulk)?;
+            let alone = build_alone(args)?;
+            line["ratio"] = json!(line["linked_s"].as_f64().map(|linked| linked / alone));
+            line["build_alone_s"] = json!(alone);
+            line
+        }
+        What::Build => json!({ "build_alone_s": build_alone(args)? }),
         What::Churn => filled(args, |volume, base| churn(volume, base, &args.dir))?,
     };
     println!("{line}");
@@ -131,8 +151,7 @@ type Line = serde_json::Value;
 
 /// What `work` tells of a store that it fills from the base, and the most memory that it took.
 fn filled(args: &StoreArgs, work: impl FnOnce(&Volume, &Rows) -> Result<Line, String>) -> Result<Line, String> {
-    let mut base = read_rows(args, args.rows)?;
-    base.bytes = base.bytes.repeat(args.copies);
+    let base = read_filled(args)?;
     let sync = if matches!(args.what, What::Immediate) { SyncMode::Immediate } else { SyncMode::Lazy };
     let volume = open(&args.dir, sync, args.memory)?;
     config(&volume, &base);
@@ -188,18 +207,17 @@ fn bulk(volume: &Volume, base: &Rows) -> Result<serde_json::Value, String> {
     let visible = began.elapsed().as_secs_f64();
     volume.settle().map_err(|error| error.to_string())?;
     let linked = began.elapsed().as_secs_f64();
+    let points = base.bytes.len() / base.space.row_bytes();
+    Ok(json!({ "points": points, "visible_s": visible, "linked_s": linked }))
+}
+
+fn build_alone(args: &StoreArgs) -> Result<f64, String> {
+    let base = read_filled(args)?;
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let began = Instant::now();
     let sections = build(&base.space, &base.bytes, &Params::default(), threads, &AtomicBool::new(false));
-    let alone = began.elapsed().as_secs_f64();
-    drop(sections);
-    Ok(json!({
-        "points": base.bytes.len() / base.space.row_bytes(),
-        "visible_s": visible,
-        "linked_s": linked,
-        "build_alone_s": alone,
-        "ratio": linked / alone,
-    }))
+    let seconds = began.elapsed().as_secs_f64();
+    sections.map(|_| seconds).ok_or_else(|| "the build was interrupted".to_owned())
 }
 
 fn first_answer(args: &StoreArgs) -> Result<serde_json::Value, String> {
@@ -339,23 +357,40 @@ fn space(dir: &Path) -> Result<u64, String> {
         .map_err(|error| error.to_string())
 }
 
+/// Queries that `churn` asks in each round.
+const CHURN_QUERIES: usize = 1_000;
+
+/// The recall of a store that was filled with these files and compacted, nothing else.
+fn fresh_recall(dir: &Path, base: &Rows, files: &[&[u8]], queries: &[Query]) -> Result<f64, String> {
+    let volume = open(dir, SyncMode::Lazy, None)?;
+    config(&volume, base);
+    for (n, rows) in files.iter().enumerate() {
+        put(&volume, n as u64, rows, base, 0)?;
+    }
+    volume.optimize(false).map_err(|error| error.to_string())?;
+    let recall = recall(&volume, queries)?;
+    drop(volume);
+    std::fs::remove_dir_all(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
+    Ok(recall)
+}
+
 fn churn(volume: &Volume, base: &Rows, dir: &Path) -> Result<serde_json::Value, String> {
     let step = base.space.row_bytes() * FILE_ROWS;
     // Half of the base is there at first; each round half of the files get the other half's rows, and back.
-    let files: Vec<&[u8]> = base.bytes.chunks_exact(step).collect();
-    let half = files.len() / 2;
-    for (n, rows) in files[..half].iter().enumerate() {
+    let all: Vec<&[u8]> = base.bytes.chunks_exact(step).collect();
+    let half = all.len() / 2;
+    let mut files = all[..half].to_vec();
+    for (n, rows) in files.iter().enumerate() {
         put(volume, n as u64, rows, base, 0)?;
     }
     volume.optimize(false).map_err(|error| error.to_string())?;
-    let queries = from_all_over(base, half * FILE_ROWS, 200);
-    let fresh = recall(volume, &queries)?;
+    let queries = from_all_over(base, all.len() * FILE_ROWS, CHURN_QUERIES);
     let live = space(dir)?;
-    let (mut recalls, mut spaces) = (Vec::new(), Vec::new());
+    let (mut recalls, mut fresh, mut spaces, mut segments) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for round in 0..10 {
         for n in (0..half).filter(|n| (n + round) % 2 == 0) {
-            let from = if round % 4 < 2 { half + n } else { n };
-            put(volume, n as u64, files[from], base, round as i128 + 1)?;
+            files[n] = all[if round % 4 < 2 { half + n } else { n }];
+            put(volume, n as u64, files[n], base, round as i128 + 1)?;
         }
         volume.settle().map_err(|error| error.to_string())?;
         // Until merges have settled.
@@ -365,7 +400,19 @@ fn churn(volume: &Volume, base: &Rows, dir: &Path) -> Result<serde_json::Value, 
             std::thread::sleep(std::time::Duration::from_millis(1_500));
         }
         recalls.push(recall(volume, &queries)?);
+        // Rows that were replaced are asked for too, and are harder than rows that are there: so beside a store of the
+        // same rows, not beside the first.
+        fresh.push(fresh_recall(&dir.join("fresh"), base, &files, &queries)?);
         spaces.push(space(dir)? as f64 / live as f64);
+        segments.push(volume.report(FileId::ROOT).collections.iter().map(|one| one.segments).sum::<u64>());
     }
-    Ok(json!({ "points": half * FILE_ROWS, "recall_fresh": fresh, "recall": recalls, "space_by_live": spaces }))
+    let worst = recalls.iter().zip(&fresh).map(|(churned, fresh)| fresh - churned).fold(f64::MIN, f64::max);
+    Ok(json!({
+        "points": half * FILE_ROWS,
+        "recall": recalls,
+        "recall_fresh": fresh,
+        "most_below_fresh": worst,
+        "space_by_live": spaces,
+        "segments": segments,
+    }))
 }
