@@ -15,7 +15,7 @@ for dir in "$1" "$2"; do
                 *) set -- --ioengine="$how" ;;
             esac
             if said=$(fio --name="$how" --filename="$dir/fio.verify" --size="${size}M" --rw="${rw%:*}" --bs="${rw#*:}" \
-                --verify=crc32c --verify_fatal=1 --do_verify=1 --fsync=64 "$@" 2>&1); then
+                --verify=crc32c --verify_fatal=1 --verify_state_save=0 --do_verify=1 --fsync=64 "$@" 2>&1); then
                 echo "verified $dir $rw $how"
             else
                 failed=$((failed + 1))
