@@ -140,7 +140,23 @@ impl Ingest {
         // No path leads to it any more: the source changed beneath us. The walk may find it elsewhere.
         self.lost.store(true, Ordering::Release);
         for link in self.volume.links(file) {
-            self.volume.unlink(file.holder(), &link);
+            self.drop_stale(file.holder(), &link);
+        }
+    }
+
+    /// Takes a name away that doesn't lead to the file any more. Looked at while no name can change in the volume: a
+    /// rename through the mount, done and not told yet, tells after this.
+    pub fn drop_stale(&self, file: FileId, link: &Link) {
+        let leads_there = || {
+            let Some(mut path) = self.volume.dir_path(link.parent) else { return false };
+            if !path.is_empty() {
+                path.push(b'/');
+            }
+            path.extend_from_slice(&link.name);
+            self.source.stat(&path).is_ok_and(|stat| self.source.id(&stat) == Some(file))
+        };
+        if !leads_there() {
+            self.unlinked_if(file, link, || !leads_there());
         }
     }
 
@@ -259,11 +275,16 @@ impl Ingest {
 
     /// A name is gone.
     pub fn unlinked(&self, parent: FileId, name: &OsStr, file: FileId) {
-        let link = Link { parent, name: name.as_bytes().to_vec() };
-        self.volume.unlink(file, &link);
-        self.lost_name(file, &link);
-        if is_config(&link) {
-            self.configure(parent, None);
+        self.unlinked_if(file, &Link { parent, name: name.as_bytes().to_vec() }, || true);
+    }
+
+    fn unlinked_if(&self, file: FileId, link: &Link, gone: impl FnOnce() -> bool) {
+        if !self.volume.unlink_if(file, link, gone) {
+            return;
+        }
+        self.lost_name(file, link);
+        if is_config(link) {
+            self.configure(link.parent, None);
         }
     }
 

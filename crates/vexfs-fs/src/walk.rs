@@ -311,19 +311,7 @@ impl<'a> Walker<'a> {
             return;
         }
         for link in links {
-            let Some(mut path) = ingest.volume.dir_path(link.parent) else {
-                ingest.volume.unlink(file, &link);
-                continue;
-            };
-            if !path.is_empty() {
-                path.push(b'/');
-            }
-            path.extend_from_slice(&link.name);
-            let there = ingest.source.stat(&path).is_ok_and(|stat| ingest.source.id(&stat) == Some(file));
-            // A rename through the mount may have been faster than this look: only what is still recorded goes.
-            if !there {
-                ingest.unlinked(link.parent, OsStr::from_bytes(&link.name), file);
-            }
+            ingest.drop_stale(file, &link);
         }
     }
 }

@@ -102,17 +102,27 @@ impl Volume {
 
     /// A file's name is gone; with its last one its vectors are, those that it holds and the one attached to it.
     pub fn unlink(&self, file: FileId, link: &Link) {
+        self.unlink_if(file, link, || true);
+    }
+
+    /// The same, if it is `gone` while no name can change here: who made it again meanwhile tells after this. False if it
+    /// isn't gone, or the file wasn't known.
+    pub fn unlink_if(&self, file: FileId, link: &Link, gone: impl FnOnce() -> bool) -> bool {
         {
             let tree = self.inner.tree.read();
             if tree.file(file).is_none() && tree.file(file.attached()).is_none() {
-                return;
+                return false;
             }
         }
         let mut writer = self.inner.writer.lock();
+        if !gone() {
+            return false;
+        }
         let mut tree = self.inner.tree.write();
         self.lose(&mut tree, file, link);
         self.lose(&mut tree, file.attached(), link);
         self.inner.changed(&mut writer);
+        true
     }
 
     /// A file goes by another name now, in one step for searches and for the catalog: with the vectors that it holds, as
