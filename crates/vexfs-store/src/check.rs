@@ -94,7 +94,7 @@ pub fn check(disk: &dyn Disk, repair: bool) -> Result<Checked, OpenError> {
             if catalog.repaired() {
                 checked.note(catalog::FILE, "redb went back to its last sound state");
             }
-            let lost = rows.meta.next_segment == 0;
+            let lost = rows.source.is_none();
             let changes = look(disk, rows, &mut checked);
             match repair && checked.has_errors() {
                 true if lost => {
@@ -157,7 +157,7 @@ fn look(disk: &dyn Disk, rows: Rows, checked: &mut Checked) -> Changes {
         checked.error(format!("collection {}", id.0), "its number has not been given out yet");
         changes.meta.next_collection = changes.meta.next_collection.max(id.0);
     }
-    let next_segment = rows.meta.next_segment;
+    let never_written = rows.source.is_none();
     let named: HashSet<String> = rows.segments.iter().map(|(id, _)| id.path()).collect();
     let mut owners: HashMap<Generation, FileId> = HashMap::new();
     for (id, row) in &rows.files {
@@ -197,7 +197,7 @@ fn look(disk: &dyn Disk, rows: Rows, checked: &mut Checked) -> Changes {
         }
     }
     look_at_files(rows, &held, &collections.keys().copied().collect(), &mut changes, checked);
-    orphans(disk, &named, next_segment, checked);
+    orphans(disk, &named, never_written, checked);
     changes
 }
 
@@ -276,10 +276,10 @@ fn look_at_files(
     }
 }
 
-fn orphans(disk: &dyn Disk, named: &HashSet<String>, next_segment: u64, checked: &mut Checked) {
+fn orphans(disk: &dyn Disk, named: &HashSet<String>, never_written: bool, checked: &mut Checked) {
     match disk.list("segments") {
         Ok(names) => {
-            if !names.is_empty() && next_segment == 0 {
+            if !names.is_empty() && never_written {
                 checked.error(catalog::FILE, "it is empty, and there are segments: it was lost");
             }
             for path in names.iter().map(|name| format!("segments/{name}")).filter(|path| !named.contains(path)) {

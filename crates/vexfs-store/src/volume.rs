@@ -148,8 +148,13 @@ impl Volume {
         }
         let uuid = identity::open(&*disk)?;
         let (catalog, rows) = Catalog::open(&*disk, Budget::new(options.memory).cache)?;
+        let new = rows.source.is_none();
         let mut recovery = Recovery::default();
         let inner = Arc::new(load(disk, options, uuid, catalog, rows, &mut recovery)?);
+        if new {
+            // No segment is older than the first commit: a catalog without one, beside segments, was lost.
+            inner.commit().map_err(|error| OpenError::Catalog(error.to_string()))?;
+        }
         Ok((Volume { inner, threads: Vec::new() }, recovery))
     }
 
@@ -217,6 +222,7 @@ fn load(
     let mut dirty_segments = BTreeMap::new();
     let mut dirty_collections = BTreeSet::new();
     let mut tree = Tree::default();
+    let new = rows.source.is_none();
     let mut source = rows.source.take().unwrap_or_default();
     let born = |known: i128| known != 0 && options.root_born != 0 && known != options.root_born;
     let copied = rows.meta.root_inode != 0 && rows.meta.root_inode != options.root_inode || born(source.root_born);
@@ -307,7 +313,7 @@ fn load(
     if catalog.repaired() {
         last_error = Some("the catalog was damaged; redb went back to its last sound state".to_owned());
     }
-    if rows.meta.next_segment == 0 && !orphans.is_empty() {
+    if new && !orphans.is_empty() {
         last_error = Some("the catalog was lost; every file is read again".to_owned());
     }
     if let Some(error) = &last_error {

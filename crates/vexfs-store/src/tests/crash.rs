@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use parking_lot::Mutex;
 
 use super::world::{Bytes, Source, SourceSurvivors, World, is_kill};
+use crate::FileId;
 use crate::disk::{MemDisk, Survivors};
 
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
@@ -161,6 +162,10 @@ fn crash_while_opening(image: &MemDisk, left: &Source, promised: &Promised, what
 /// Opens what a crash left and holds it against what the source holds and what was promised.
 fn look(image: MemDisk, left: Source, promised: &Promised, boot: &str) -> Result<(), String> {
     let mut world = World::mount(image, left, boot).map_err(|error| format!("open: {error}"))?;
+    // A crash is no damage.
+    if let Some(error) = world.volume.report(FileId::ROOT).last_error {
+        return Err(format!("open: {error}"));
+    }
     let at_once = world.found().map_err(|error| format!("at once: {error}"))?;
     for (name, bytes) in promised {
         for row in bytes.places() {
@@ -232,4 +237,19 @@ fn after_a_crash_at_any_call_no_vector_is_lost_resurrected_or_misnamed() {
     let some: Vec<_> = violations.iter().take(20).cloned().collect();
     assert!(violations.is_empty(), "{} violations, as:\n{}", violations.len(), some.join("\n"));
     assert!(sequences >= 211 && moments > 1_000 && states > 3_000);
+}
+
+#[test]
+fn a_crash_while_the_first_segment_is_written_has_not_lost_the_catalog() {
+    let disk = MemDisk::default();
+    let mut world = World::mount(disk.clone(), Source::default(), "first").unwrap();
+    world.walk();
+    world.create("a", 2);
+    let figures = Arc::new(Figures::default());
+    let (source, seen) = (world.source.clone(), Arc::clone(&figures));
+    disk.watch(move |disk| crash(disk, &source, &Promised::new(), "the first seal", &seen, false));
+    world.seal().unwrap();
+    disk.unwatch();
+    assert!(figures.moments.load(Ordering::Relaxed) > 10);
+    assert_eq!(*figures.violations.lock(), [""; 0]);
 }
