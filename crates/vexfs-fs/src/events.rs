@@ -28,18 +28,27 @@ pub enum Cause {
     Setattr,
 }
 
+/// A directory or a regular file.
+#[derive(Copy, Clone)]
+pub struct Known {
+    /// Its number.
+    pub file: FileId,
+    /// Which of the two.
+    pub is_dir: bool,
+    /// A file had a vector attached, as far as the index knew, before it was renamed.
+    pub has_attached: bool,
+}
+
 /// A rename that has been done.
 pub struct Moved<'a> {
-    /// Where the file was.
+    /// Where it was.
     pub from: (FileId, &'a OsStr),
     /// Where it is.
     pub to: (FileId, &'a OsStr),
     /// The file or directory.
-    pub file: FileId,
-    /// Which of the two.
-    pub is_dir: bool,
-    /// What had the new name, and whether it is a directory.
-    pub other: Option<(FileId, bool)>,
+    pub what: Known,
+    /// What had the new name.
+    pub other: Option<Known>,
     /// It has the old name now; otherwise its name is gone.
     pub exchange: bool,
 }
@@ -110,8 +119,15 @@ pub fn place(volume: &Volume, nodes: &Nodes, dir: FileId) {
         unknown.push((at, link(parent, &name)));
         at = parent;
     }
-    for (dir, link) in unknown.into_iter().rev() {
-        volume.set_dir(dir, link);
+    for (dir, mut told) in unknown.into_iter().rev() {
+        // Of a rename meanwhile the volume was not told, as it didn't know the directory.
+        loop {
+            volume.set_dir(dir, told.clone());
+            match nodes.place(dir).map(|(parent, name)| link(parent, &name)) {
+                Some(now) if now != told => told = now,
+                _ => break,
+            }
+        }
     }
 }
 
@@ -127,8 +143,15 @@ impl Events for IndexEvents {
     fn seen(&self, parent: FileId, name: &OsStr, file: FileId, created: bool) {
         self.place(parent);
         // A file that was just made is read when it is closed; one that came from beneath us is read now.
-        if self.ingest.linked(parent, name, file) && !created {
-            self.pool.run(|| self.ingest.read_known(file, When::Quiet));
+        let link = link(parent, name);
+        if created {
+            self.ingest.volume.link(file, link);
+        } else if !self.ingest.volume.knows_link(file, &link) {
+            self.pool.run(|| {
+                if self.ingest.met(&link, file) {
+                    self.ingest.read_known(file, When::Quiet);
+                }
+            });
         }
     }
 
@@ -184,7 +207,10 @@ impl Events for IndexEvents {
 
     fn met_attached(&self, parent: FileId, name: &OsStr, file: FileId) {
         self.place(parent);
-        self.ingest.volume.attach(file, vec![link(parent, name)]);
+        let link = link(parent, name);
+        if !self.ingest.volume.knows_link(file.attached(), &link) {
+            self.pool.run(|| self.ingest.met_attached(&link, file));
+        }
     }
 
     fn synced_dir(&self) -> Result<(), Errno> {
@@ -201,28 +227,28 @@ impl Events for IndexEvents {
 
     fn moved(&self, moved: &Moved<'_>) {
         let (from, to) = (link(moved.from.0, moved.from.1), link(moved.to.0, moved.to.1));
-        let other = moved.other.filter(|_| moved.exchange);
+        let (what, other) = (moved.what, moved.other.filter(|_| moved.exchange));
         let replaced = moved.other.filter(|_| !moved.exchange);
-        if let Some((dir, true)) = replaced {
-            self.ingest.volume.remove_dir(dir);
+        if let Some(replaced) = replaced.filter(|replaced| replaced.is_dir) {
+            self.ingest.volume.remove_dir(replaced.file);
         }
-        if moved.is_dir {
-            self.dir_moved(moved.file, from.parent, moved.to);
+        if what.is_dir {
+            self.dir_moved(what.file, from.parent, moved.to);
         } else if is_interesting(moved.from.1)
             || is_interesting(moved.to.1)
-            || self.has_attached(moved.file)
-            || moved.other.is_some_and(|(file, is_dir)| !is_dir && self.has_attached(file))
+            || what.has_attached
+            || moved.other.is_some_and(|other| other.has_attached)
         {
             self.place(to.parent);
             self.place(from.parent);
-            if let Some((file, false)) = other {
-                return self.pool.run(|| self.ingest.exchanged((moved.file, &from), (file, &to)));
+            if let Some(other) = other.filter(|other| !other.is_dir) {
+                return self.pool.run(|| self.ingest.exchanged((what, &from), (other, &to)));
             }
-            self.pool.run(|| self.ingest.renamed(moved.file, &from, &to, replaced.map(|(file, _)| file)));
+            self.pool.run(|| self.ingest.renamed(what, &from, &to, replaced.map(|replaced| replaced.file)));
         }
         match other {
-            Some((dir, true)) => self.dir_moved(dir, to.parent, moved.from),
-            Some((file, false)) => self.pool.run(|| self.ingest.renamed(file, &to, &from, None)),
+            Some(dir) if dir.is_dir => self.dir_moved(dir.file, to.parent, moved.from),
+            Some(file) => self.pool.run(|| self.ingest.renamed(file, &to, &from, None)),
             None => {}
         }
     }

@@ -19,8 +19,8 @@ use vexfs_store::FileId;
 
 use crate::access::Caller;
 use crate::embedding::{self, Form, Value};
-use crate::events::{Cause, Events, Moved};
-use crate::nodes::{Node, Nodes};
+use crate::events::{Cause, Events, Known, Moved};
+use crate::nodes::{Node, Nodes, SYNTHETIC};
 use crate::reopen::path_of;
 use crate::umask::with_umask;
 use crate::walk::RESERVED;
@@ -395,8 +395,10 @@ impl Files {
         let (from, to) = (self.nodes.get(from)?, self.nodes.get(to)?);
         let (moved, stat) = self.peek(&from, old)?;
         let other = self.peek(&to, new).ok();
+        // Asked before: until the rename is told, a look at the source finds the file under none of the names known.
+        let attached = |id: u64| self.events.has_attached(FileId(id));
+        let (has_attached, other_has) = (attached(moved), other.as_ref().is_some_and(|(id, _)| attached(*id)));
         rustix::fs::renameat_with(&from.fd, old, &to.fd, new, flags)?;
-        let is_dir = |stat: &Stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
         if other.as_ref().is_some_and(|(id, _)| *id == moved) {
             // Two names of one file: rename(2) leaves both.
             return Ok(());
@@ -406,23 +408,31 @@ impl Files {
         if let (true, Some((id, _))) = (exchange, &other) {
             self.settle(*id, (from.id, old));
         }
-        let told = Moved {
-            from: (from.file(), old),
-            to: (to.file(), new),
-            file: FileId(moved),
-            is_dir: is_dir(&stat),
-            other: other.map(|(id, stat)| (FileId(id), is_dir(&stat))),
-            exchange,
-        };
-        for (name, id) in [(new, Some(told.file)), (old, told.other.map(|(id, _)| id))] {
-            if let Some(Ok(node)) = id.map(|id| self.nodes.get(id.0))
+        for (name, id) in [(new, Some(moved)), (old, other.as_ref().map(|(id, _)| *id))] {
+            if let Some(Ok(node)) = id.map(|id| self.nodes.get(id))
                 && node.kind == FileType::RegularFile
                 && self.events.interested(name)
             {
                 node.interesting.store(true, Ordering::Release);
             }
         }
-        self.events.moved(&told);
+        // The index knows of nothing but directories and regular files on the root's file system.
+        let known = |id: u64, stat: &Stat, has_attached: bool| match FileType::from_raw_mode(stat.st_mode) {
+            FileType::Directory => Some(Known { file: FileId(id), is_dir: true, has_attached: false }),
+            FileType::RegularFile if id < SYNTHETIC => Some(Known { file: FileId(id), is_dir: false, has_attached }),
+            _ => None,
+        };
+        let moved = known(moved, &stat, has_attached);
+        let other = other.and_then(|(id, stat)| known(id, &stat, other_has));
+        let (from, to) = ((from.file(), old), (to.file(), new));
+        match (moved, other) {
+            (Some(what), other) => self.events.moved(&Moved { from, to, what, other, exchange }),
+            (None, Some(what)) if exchange => {
+                self.events.moved(&Moved { from: to, to: from, what, other: None, exchange });
+            }
+            (None, Some(replaced)) => self.events.unlinked(to.0, new, replaced.file),
+            (None, None) => {}
+        }
         Ok(())
     }
 

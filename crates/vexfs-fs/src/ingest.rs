@@ -18,6 +18,7 @@ use rustix::io::Errno;
 use vexfs_store::{Config, Content, FileId, Fingerprint, Link, Volume};
 
 use crate::errors::Failure;
+use crate::events::Known;
 use crate::formats::{Format, Refusal, Source as Vectors};
 use crate::source::{Source, fingerprint};
 use crate::walk::RESERVED;
@@ -147,17 +148,19 @@ impl Ingest {
     /// Takes a name away that doesn't lead to the file any more. Looked at while no name can change in the volume: a
     /// rename through the mount, done and not told yet, tells after this.
     pub fn drop_stale(&self, file: FileId, link: &Link) {
-        let leads_there = || {
-            let Some(mut path) = self.volume.dir_path(link.parent) else { return false };
-            if !path.is_empty() {
-                path.push(b'/');
-            }
-            path.extend_from_slice(&link.name);
-            self.source.stat(&path).is_ok_and(|stat| self.source.id(&stat) == Some(file))
-        };
-        if !leads_there() {
-            self.unlinked_if(file, link, || !leads_there());
+        if !self.leads_to(link, file) {
+            self.unlinked_if(file, link, || !self.leads_to(link, file));
         }
+    }
+
+    /// Does a name lead to the file or directory, as the source is now?
+    pub fn leads_to(&self, link: &Link, file: FileId) -> bool {
+        let Some(mut path) = self.volume.dir_path(link.parent) else { return false };
+        if !path.is_empty() {
+            path.push(b'/');
+        }
+        path.extend_from_slice(&link.name);
+        self.source.stat(&path).is_ok_and(|stat| self.source.id(&stat) == Some(file))
     }
 
     fn read_unless_known(&self, file: FileId, opened: &File, when: When) -> Result<(), Refusal> {
@@ -268,9 +271,23 @@ impl Ingest {
         self.read_known(file, When::Now);
     }
 
-    /// A name now leads to a file. True if its bytes are to be read.
-    pub fn linked(&self, parent: FileId, name: &OsStr, file: FileId) -> bool {
-        self.volume.link(file, Link { parent, name: name.as_bytes().to_vec() })
+    /// A name was seen to lead to a file, by who isn't told of renames: what was seen may be over. True if the file's bytes
+    /// are to be read.
+    pub fn met(&self, link: &Link, file: FileId) -> bool {
+        if self.volume.knows_link(file, link) {
+            return false;
+        }
+        let unread = self.volume.link(file, link.clone());
+        self.drop_stale(file, link);
+        unread
+    }
+
+    /// The same of what is attached to it.
+    pub fn met_attached(&self, link: &Link, file: FileId) {
+        if !self.volume.knows_link(file.attached(), link) {
+            self.volume.attach(file, vec![link.clone()]);
+            self.drop_stale(file, link);
+        }
     }
 
     /// A name is gone.
@@ -297,10 +314,11 @@ impl Ingest {
     }
 
     /// A file moved. Its vectors move with it, and are read anew only where another collection or format begins.
-    pub fn renamed(&self, file: FileId, from: &Link, to: &Link, replaced: Option<FileId>) {
+    pub fn renamed(&self, what: Known, from: &Link, to: &Link, replaced: Option<FileId>) {
+        let file = what.file;
         let was = is_interesting(OsStr::from_bytes(&from.name));
         let is = is_interesting(OsStr::from_bytes(&to.name));
-        self.volume.rename(file, (from, was), (to.clone(), is), replaced);
+        self.volume.rename((file, what.has_attached), (from, was), (to.clone(), is), replaced);
         if to.name != ASIDE {
             self.refresh_attached(file);
         }
@@ -333,21 +351,25 @@ impl Ingest {
     }
 
     /// Two files took each other's names.
-    pub fn exchanged(&self, one: (FileId, &Link), other: (FileId, &Link)) {
+    pub fn exchanged(&self, one: (Known, &Link), other: (Known, &Link)) {
         let vectors = |link: &Link| is_interesting(OsStr::from_bytes(&link.name)) && !is_config(link);
+        let exchange = |vectors| {
+            let of = |(known, link): (Known, &Link)| (known.file, known.has_attached, link.clone());
+            self.volume.exchange(of(one), of(other), vectors);
+        };
         if vectors(one.1) && vectors(other.1) {
-            self.volume.exchange(one, other);
-            for (file, from, to) in [(one.0, one.1, other.1), (other.0, other.1, one.1)] {
-                self.refresh(file, from, to);
-                self.refresh_attached(file);
+            exchange(true);
+            for (known, from, to) in [(one.0, one.1, other.1), (other.0, other.1, one.1)] {
+                self.refresh(known.file, from, to);
+                self.refresh_attached(known.file);
             }
             return;
         }
         let plain = |link: &Link| !is_interesting(OsStr::from_bytes(&link.name));
         if plain(one.1) && plain(other.1) {
-            self.volume.exchange(one, other);
-            self.refresh_attached(one.0);
-            self.refresh_attached(other.0);
+            exchange(false);
+            self.refresh_attached(one.0.file);
+            self.refresh_attached(other.0.file);
             return;
         }
         // One of the names means nothing to the index, or settings: as two renames past each other.

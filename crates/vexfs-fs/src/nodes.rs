@@ -24,7 +24,8 @@ use crate::reopen::{Reopener, path_of};
 
 /// First number of virtual nodes.
 pub const VIRTUAL_BASE: u64 = 0xf000_0000_0000_0000;
-const SYNTHETIC: u64 = 1 << 62;
+/// First number given to what is on another file system.
+pub const SYNTHETIC: u64 = 1 << 62;
 
 /// A file that the kernel knows.
 pub struct Node {

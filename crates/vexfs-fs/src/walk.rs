@@ -208,11 +208,11 @@ impl<'a> Walker<'a> {
         });
         names.attached.sort_by(|a, b| a.1.name.cmp(&b.1.name));
         if !names.files.is_empty() || !names.attached.is_empty() {
-            place(ingest, &folder.chain);
+            self.place(&folder.chain);
         }
         for (file, link) in names.files.drain(..) {
             seen.insert(file);
-            ingest.linked(link.parent, OsStr::from_bytes(&link.name), file);
+            ingest.met(&link, file);
             ingest.read_known(file, When::Quiet);
             ingest.volume.scan_progress();
             // Reading may take long: the kernel keeps no more than so many events.
@@ -220,7 +220,7 @@ impl<'a> Walker<'a> {
         }
         for (file, link) in names.attached.drain(..) {
             seen.insert(file.attached());
-            ingest.volume.attach(file, vec![link]);
+            ingest.met_attached(&link, file);
             ingest.read_known(file.attached(), When::Quiet);
         }
     }
@@ -277,7 +277,7 @@ impl<'a> Walker<'a> {
             Found::New => self.descend(vec![folder], &mut HashSet::new()),
             Found::Moved(from) => {
                 if self.ingest.volume.knows_dir(folder.id()) {
-                    place(self.ingest, &folder.chain);
+                    self.place(&folder.chain);
                     let from = from.map_or(FileId::ROOT, |link| link.parent);
                     self.ingest.dir_moved(folder.id(), from, link.parent);
                 }
@@ -314,11 +314,16 @@ impl<'a> Walker<'a> {
             ingest.drop_stale(file, &link);
         }
     }
-}
 
-/// The volume knows where the directory is, and those above it.
-fn place(ingest: &Ingest, chain: &[(FileId, Link)]) {
-    for (dir, link) in chain {
-        ingest.volume.set_dir(*dir, link.clone());
+    /// The volume knows where the directory is, and those above it. One that moved meanwhile, before the volume knew it, is
+    /// found by another walk.
+    fn place(&mut self, chain: &[(FileId, Link)]) {
+        let ingest = self.ingest;
+        for (dir, link) in chain {
+            ingest.volume.set_dir_if(*dir, link.clone(), || ingest.leads_to(link, *dir));
+            if !ingest.volume.knows_dir(*dir) {
+                self.watch.lose();
+            }
+        }
     }
 }

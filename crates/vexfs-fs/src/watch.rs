@@ -161,6 +161,11 @@ impl Watch {
         self.lost
     }
 
+    /// Something was seen that was over already: as if events were lost.
+    pub fn lose(&mut self) {
+        self.lost = true;
+    }
+
     /// A walk begins, which finds what they told.
     pub fn forget_lost(&mut self) {
         self.lost = false;

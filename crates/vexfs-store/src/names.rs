@@ -15,11 +15,16 @@ impl Volume {
 
     /// Says where a directory is: after mkdir, at its first sight, and after its rename. Renaming costs one row.
     pub fn set_dir(&self, dir: FileId, link: Link) {
+        self.set_dir_if(dir, link, || true);
+    }
+
+    /// The same, if it is `there` while no name can change here: who moved it meanwhile tells after this.
+    pub fn set_dir_if(&self, dir: FileId, link: Link, there: impl FnOnce() -> bool) {
         if self.inner.tree.read().dir(dir) == Some(&link) {
             return;
         }
         let mut writer = self.inner.writer.lock();
-        if self.inner.tree.write().set_dir(dir, link) {
+        if there() && self.inner.tree.write().set_dir(dir, link) {
             self.inner.changed(&mut writer);
         }
     }
@@ -35,15 +40,18 @@ impl Volume {
         self.inner.changed(&mut writer);
     }
 
+    /// Does a file have this name, and what is attached to it?
+    pub fn knows_link(&self, file: FileId, link: &Link) -> bool {
+        let tree = self.inner.tree.read();
+        let has = |id| tree.file(id).map(|row| row.links.contains(link));
+        has(file) == Some(true) && has(file.attached()) != Some(false)
+    }
+
     /// A vector file has this name. True if the volume didn't know the file: it is to be read. What is attached to it
     /// has the name too.
     pub fn link(&self, file: FileId, link: Link) -> bool {
-        {
-            let tree = self.inner.tree.read();
-            let has = |id| tree.file(id).map(|row| row.links.contains(&link));
-            if has(file) == Some(true) && has(file.attached()) != Some(false) {
-                return false;
-            }
+        if self.knows_link(file, &link) {
+            return false;
         }
         let mut writer = self.inner.writer.lock();
         let mut tree = self.inner.tree.write();
@@ -126,36 +134,44 @@ impl Volume {
     }
 
     /// A file goes by another name now, in one step for searches and for the catalog: with the vectors that it holds, as
-    /// far as the old and the new name are vector files', and with the one that is attached to it. `replaced` had the new
-    /// name before.
-    pub fn rename(&self, file: FileId, (from, was): (&Link, bool), (to, is): (Link, bool), replaced: Option<FileId>) {
+    /// far as the old and the new name are vector files', and with the one that is attached to it, or that `had` been
+    /// before a look at the source found neither name. `replaced` had the new name before. A file or attached vector that
+    /// isn't known is to be read.
+    pub fn rename(
+        &self,
+        (file, had): (FileId, bool),
+        (from, was): (&Link, bool),
+        (to, is): (Link, bool),
+        replaced: Option<FileId>,
+    ) {
         let mut writer = self.inner.writer.lock();
         let mut tree = self.inner.tree.write();
         if let Some(replaced) = replaced.filter(|replaced| *replaced != file) {
             self.lose(&mut tree, replaced, &to);
             self.lose(&mut tree, replaced.attached(), &to);
         }
-        if is && (!was || tree.file(file).is_some()) {
+        if is {
             tree.add_link(file, to.clone());
         }
         if was {
             self.lose(&mut tree, file, from);
         }
         let attached = file.attached();
-        if tree.file(attached).is_some() {
+        if had || tree.file(attached).is_some() {
             tree.add_link(attached, to);
             tree.remove_link(attached, from);
         }
         self.inner.changed(&mut writer);
     }
 
-    /// Two names, both vector files' or neither, exchange their files.
-    pub fn exchange(&self, one: (FileId, &Link), other: (FileId, &Link)) {
+    /// Two names, both vector files' (`vectors`) or neither, exchange their files; of each whether it had a vector attached,
+    /// and its old name. See [`Volume::rename`].
+    pub fn exchange(&self, one: (FileId, bool, Link), other: (FileId, bool, Link), vectors: bool) {
         let mut writer = self.inner.writer.lock();
         let mut tree = self.inner.tree.write();
-        for ((file, from), to) in [(one, other.1), (other, one.1)] {
-            for id in [file, file.attached()] {
-                if tree.file(id).is_some() {
+        for ((file, had, from), to) in [(&one, &other.2), (&other, &one.2)] {
+            for (id, known) in [(*file, vectors), (file.attached(), *had)] {
+                if known || tree.file(id).is_some() {
                     tree.add_link(id, to.clone());
                     tree.remove_link(id, from);
                 }

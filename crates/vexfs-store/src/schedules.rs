@@ -178,7 +178,7 @@ fn what_is_removed_is_in_no_later_search_beside_seals_and_merges() {
             shuttle::thread::spawn(move || {
                 volume.unlink(FileId(10), &link(10));
                 assert_eq!(reading(&found(&volume), 10), None);
-                volume.rename(FileId(11), (&link(11), true), (link(13), true), Some(FileId(13)));
+                volume.rename((FileId(11), false), (&link(11), true), (link(13), true), Some(FileId(13)));
                 let found = found(&volume);
                 assert_eq!((reading(&found, 11), reading(&found, 13)), (Some(0), None), "{found:?}");
             })

@@ -193,7 +193,7 @@ fn a_copied_volume_answers_as_before_where_its_files_are_the_same() {
     put_bulk(&volume, 10, "bulk.npy", 1);
     put_bulk(&volume, 11, "other.npy", 2);
     put_bulk(&volume, 12, "changed.npy", 3);
-    volume.rename(FileId(11), (&link("other.npy"), true), (below("other.npy"), true), None);
+    volume.rename((FileId(11), false), (&link("other.npy"), true), (below("other.npy"), true), None);
     volume.scan_finished();
     volume.close().unwrap();
     let print = print(BULK_ROWS as u64);
@@ -483,12 +483,12 @@ fn history(volume: &Volume, durable: &mut dyn FnMut(&[&str])) -> Result<(), Comm
     put(volume, 1_002, "b.vec", &[&[0.0, 1.0, 0.0, 0.0]]);
     volume.commit()?;
     durable(&["a.vec", "b.vec"]);
-    volume.rename(FileId(1_002), (&link("b.vec"), true), (link("c.vec"), true), None);
+    volume.rename((FileId(1_002), false), (&link("b.vec"), true), (link("c.vec"), true), None);
     volume.unlink(FileId(1_001), &link("a.vec"));
     volume.commit()?;
     durable(&["c.vec"]);
     put(volume, 1_003, "d.vec", &[&[0.0, 0.0, 1.0, 0.0]]);
-    volume.rename(FileId(1_003), (&link("d.vec"), true), (link("c.vec"), true), Some(FileId(1_002)));
+    volume.rename((FileId(1_003), false), (&link("d.vec"), true), (link("c.vec"), true), Some(FileId(1_002)));
     volume.commit()?;
     durable(&["c.vec"]);
     Ok(())
@@ -624,4 +624,33 @@ fn nothing_is_written_once_the_lock_is_given_up() {
         });
         assert!(seen == std::fs::read(dir.path().join("catalog")).unwrap(), "round {round}");
     }
+}
+
+/// A look at the source between a rename and the word of it finds a file under none of its names.
+#[test]
+fn a_rename_brings_back_what_a_look_in_its_midst_took_away() {
+    let (volume, _) = open(&MemDisk::default()).unwrap();
+    let (file, other) = (FileId(10), FileId(11));
+    let put_both = |from: &str, to: &str| {
+        put(&volume, file.0, from, &[&[1.0, 0.0]]);
+        put(&volume, other.0, to, &[&[0.0, 1.0]]);
+        volume.attach(file, vec![link(from)]);
+        volume.unlink(file, &link(from));
+        assert!(volume.content(file).is_none() && !volume.has_attached(file));
+    };
+    let is_to_be_read = |to: &str| {
+        for id in [file, file.attached()] {
+            assert_eq!(volume.links(id), [link(to)]);
+            assert!(matches!(volume.content(id), Some((_, Content::Unread))));
+        }
+    };
+    put_both("a.vec", "b.vec");
+    volume.rename((file, true), (&link("a.vec"), true), (link("b.vec"), true), Some(other));
+    is_to_be_read("b.vec");
+    assert!(volume.content(other).is_none());
+    put_both("b.vec", "c.vec");
+    volume.exchange((file, true, link("b.vec")), (other, false, link("c.vec")), true);
+    is_to_be_read("c.vec");
+    assert_eq!(volume.links(other), [link("b.vec")]);
+    assert!(matches!(volume.content(other), Some((_, Content::Indexed { .. }))));
 }

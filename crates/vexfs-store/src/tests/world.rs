@@ -362,7 +362,7 @@ impl World {
         }
         self.source.change(NameChange::Rename(from.to_owned(), to.to_owned()));
         self.touch(inode);
-        self.volume.rename(World::id(inode), (&link(from), true), (link(to), true), replaced.map(World::id));
+        self.volume.rename((World::id(inode), false), (&link(from), true), (link(to), true), replaced.map(World::id));
         let print = self.source.inodes[&inode].live.fingerprint();
         if !self.volume.touch(World::id(inode), print) {
             self.read_known(World::id(inode));
@@ -383,7 +383,7 @@ impl World {
         }
         self.source.change(NameChange::Set(one.to_owned(), second));
         self.source.change(NameChange::Set(other.to_owned(), first));
-        self.volume.exchange((World::id(first), &link(one)), (World::id(second), &link(other)));
+        self.volume.exchange((World::id(first), false, link(one)), (World::id(second), false, link(other)), true);
         for inode in [first, second] {
             self.touch(inode);
             let print = self.source.inodes[&inode].live.fingerprint();
