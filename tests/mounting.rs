@@ -82,8 +82,22 @@ fn foreground_serves_until_it_is_unmounted() {
     }
     v.write("a.vec", "1,2");
     assert_eq!(v.near("", &[1.0, 2.0], 1), ["a.vec"]);
+    assert_eq!(v.pid(), child.id() as i32);
+    assert!(keeps_nothing_for_each_thread(&v));
     v.umount();
     assert!(child.wait().unwrap().success());
+    v.mount();
+    assert!(keeps_nothing_for_each_thread(&v), "in the background");
+}
+
+/// Is the daemon's allocator told so?
+fn keeps_nothing_for_each_thread(v: &Volume) -> bool {
+    let environment = fs::read(format!("/proc/{}/environ", v.pid())).unwrap();
+    // glibc takes the value apart in place.
+    let environment = String::from_utf8_lossy(&environment);
+    ["GLIBC_TUNABLES=", "glibc.malloc.arena_max=1", "glibc.malloc.tcache_count=0"]
+        .iter()
+        .all(|set| environment.contains(set))
 }
 
 /// Each file that the kernel knows takes a descriptor of the daemon's, and the kernel forgets by itself only when memory

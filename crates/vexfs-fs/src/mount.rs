@@ -19,7 +19,6 @@ use crate::events::IndexEvents;
 use crate::files::Files;
 use crate::fuse::{self, Fuse, Loops};
 use crate::ingest::{Ingest, When};
-use crate::memory;
 use crate::nodes::Nodes;
 use crate::pool::Pool;
 use crate::source::Source;
@@ -136,7 +135,6 @@ fn raise_file_limit() -> usize {
 /// mount answers.
 pub fn mount(options: &MountOptions) -> Result<Mounted, MountError> {
     let Checked { source, mountpoint, state } = check(options)?;
-    memory::share_heap();
     let most_files = raise_file_limit();
     // Modes come from callers, their umask taken off by the kernel; ours must not come on top.
     rustix::process::umask(Mode::empty());

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -79,6 +80,11 @@ pub fn mount(args: MountArgs, called: &[OsString]) -> Result<(), String> {
     if !args.foreground && !args.background_child {
         return spawn(called);
     }
+    if args.foreground && std::env::var_os(ALLOCATOR.0).is_none() {
+        // Read when a program starts: this one starts again in its own place.
+        let failed = again(called)?.exec();
+        return Err(format!("starting again: {failed}"));
+    }
     let options = MountOptions {
         source: args.source,
         mountpoint: args.mountpoint,
@@ -148,11 +154,23 @@ fn end(mounted: &Mounted) {
     }
 }
 
+/// For glibc's allocator: one heap, and nothing of it kept for each thread, so that a daemon's memory doesn't grow with the
+/// requests that it has answered. Who sets it otherwise is heeded.
+const ALLOCATOR: (&str, &str) = ("GLIBC_TUNABLES", "glibc.malloc.arena_max=1:glibc.malloc.tcache_count=0");
+
+/// This program, called as it was.
+fn again(called: &[OsString]) -> Result<Command, String> {
+    let mut program = Command::new(std::env::current_exe().map_err(|error| format!("own program: {error}"))?);
+    program.args(called.iter().skip(1));
+    if std::env::var_os(ALLOCATOR.0).is_none() {
+        program.env(ALLOCATOR.0, ALLOCATOR.1);
+    }
+    Ok(program)
+}
+
 /// Starts this program again in the background and waits for its word.
 fn spawn(called: &[OsString]) -> Result<(), String> {
-    let program = std::env::current_exe().map_err(|error| format!("own program: {error}"))?;
-    let mut child = Command::new(program)
-        .args(called.iter().skip(1))
+    let mut child = again(called)?
         .arg("--background-child")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
