@@ -310,3 +310,18 @@ fn what_changed_while_unmounted_is_found_out() {
     assert_eq!(v.near("", &[47.0, 1.0], 99).len(), 49);
     assert_eq!(v.stats("")["files"]["indexed"], 49);
 }
+
+#[test]
+fn what_is_no_regular_file_is_renamed_without_a_trace_and_files_make_room_for_it() {
+    let Some(v) = Volume::new(&[]) else { return };
+    let files = |what: &str| v.stats("")["files"][what].as_u64().unwrap();
+    std::os::unix::fs::symlink("nowhere", v.path("plain")).unwrap();
+    fs::rename(v.path("plain"), v.path("s.vec")).unwrap();
+    v.write("b.vec", "1,2");
+    assert_eq!((files("indexed"), files("unread")), (1, 0));
+    renameat_with(CWD, v.path("s.vec"), CWD, v.path("b.vec"), RenameFlags::EXCHANGE).unwrap();
+    assert_eq!(v.near("", &[1.0, 2.0], 1), ["s.vec"]);
+    fs::rename(v.path("b.vec"), v.path("s.vec")).unwrap();
+    assert!(v.near("", &[1.0, 2.0], 1).is_empty());
+    assert_eq!((files("indexed"), files("unread")), (0, 0));
+}

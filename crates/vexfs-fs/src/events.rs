@@ -6,6 +6,7 @@ use std::os::fd::BorrowedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 
+use parking_lot::RwLockReadGuard;
 use rustix::io::Errno;
 use vexfs_store::{FileId, Link, Volume};
 
@@ -81,8 +82,10 @@ pub trait Events: Send + Sync {
     fn unlinked(&self, parent: FileId, name: &OsStr, file: FileId);
     /// A directory is gone.
     fn removed_dir(&self, dir: FileId);
+    /// To be held while a directory is renamed.
+    fn moving(&self) -> RwLockReadGuard<'_, ()>;
     /// Something was renamed.
-    fn moved(&self, moved: &Moved<'_>);
+    fn moved(&self, moved: &Moved<'_>, moving: Option<RwLockReadGuard<'_, ()>>);
 }
 
 /// The index's side.
@@ -100,12 +103,14 @@ impl IndexEvents {
         place(&self.ingest.volume, &self.nodes, dir);
     }
 
-    fn dir_moved(&self, dir: FileId, from: FileId, to: (FileId, &OsStr)) {
-        if self.ingest.volume.knows_dir(dir) {
+    /// Puts a directory where it is now; true if the volume knows it.
+    fn move_dir(&self, dir: FileId, to: (FileId, &OsStr)) -> bool {
+        let known = self.ingest.volume.knows_dir(dir);
+        if known {
             self.place(to.0);
             self.ingest.volume.set_dir(dir, link(to.0, to.1));
-            self.pool.run(|| self.ingest.dir_moved(dir, from, to.0));
         }
+        known
     }
 }
 
@@ -225,15 +230,31 @@ impl Events for IndexEvents {
         self.ingest.volume.remove_dir(dir);
     }
 
-    fn moved(&self, moved: &Moved<'_>) {
+    fn moving(&self) -> RwLockReadGuard<'_, ()> {
+        self.ingest.moving.read()
+    }
+
+    fn moved(&self, moved: &Moved<'_>, moving: Option<RwLockReadGuard<'_, ()>>) {
         let (from, to) = (link(moved.from.0, moved.from.1), link(moved.to.0, moved.to.1));
         let (what, other) = (moved.what, moved.other.filter(|_| moved.exchange));
         let replaced = moved.other.filter(|_| !moved.exchange);
         if let Some(replaced) = replaced.filter(|replaced| replaced.is_dir) {
             self.ingest.volume.remove_dir(replaced.file);
         }
+        let dirs = [(Some(what), from.parent, moved.to), (other, to.parent, moved.from)].map(|(dir, from, to)| {
+            let dir = dir.filter(|dir| dir.is_dir && self.move_dir(dir.file, to));
+            dir.map(|dir| (dir.file, from, to.0))
+        });
+        // Reading takes long, and may look for names itself.
+        drop(moving);
+        for (dir, from, to) in dirs.into_iter().flatten() {
+            self.pool.run(|| self.ingest.dir_moved(dir, from, to));
+        }
+        let other_file = other.filter(|other| !other.is_dir);
         if what.is_dir {
-            self.dir_moved(what.file, from.parent, moved.to);
+            if let Some(file) = other_file {
+                self.pool.run(|| self.ingest.renamed(file, &to, &from, None));
+            }
         } else if is_interesting(moved.from.1)
             || is_interesting(moved.to.1)
             || what.has_attached
@@ -241,15 +262,10 @@ impl Events for IndexEvents {
         {
             self.place(to.parent);
             self.place(from.parent);
-            if let Some(other) = other.filter(|other| !other.is_dir) {
-                return self.pool.run(|| self.ingest.exchanged((what, &from), (other, &to)));
-            }
-            self.pool.run(|| self.ingest.renamed(what, &from, &to, replaced.map(|replaced| replaced.file)));
-        }
-        match other {
-            Some(dir) if dir.is_dir => self.dir_moved(dir.file, to.parent, moved.from),
-            Some(file) => self.pool.run(|| self.ingest.renamed(file, &to, &from, None)),
-            None => {}
+            self.pool.run(|| match other_file {
+                Some(other) => self.ingest.exchanged((what, &from), (other, &to)),
+                None => self.ingest.renamed(what, &from, &to, replaced.map(|replaced| replaced.file)),
+            });
         }
     }
 }

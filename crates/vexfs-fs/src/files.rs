@@ -398,6 +398,9 @@ impl Files {
         // Asked before: until the rename is told, a look at the source finds the file under none of the names known.
         let attached = |id: u64| self.events.has_attached(FileId(id));
         let (has_attached, other_has) = (attached(moved), other.as_ref().is_some_and(|(id, _)| attached(*id)));
+        let is_dir = |stat: &Stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
+        let moves_dir = is_dir(&stat) || other.as_ref().is_some_and(|(_, stat)| is_dir(stat));
+        let moving = moves_dir.then(|| self.events.moving());
         rustix::fs::renameat_with(&from.fd, old, &to.fd, new, flags)?;
         if other.as_ref().is_some_and(|(id, _)| *id == moved) {
             // Two names of one file: rename(2) leaves both.
@@ -426,9 +429,9 @@ impl Files {
         let other = other.and_then(|(id, stat)| known(id, &stat, other_has));
         let (from, to) = ((from.file(), old), (to.file(), new));
         match (moved, other) {
-            (Some(what), other) => self.events.moved(&Moved { from, to, what, other, exchange }),
+            (Some(what), other) => self.events.moved(&Moved { from, to, what, other, exchange }, moving),
             (None, Some(what)) if exchange => {
-                self.events.moved(&Moved { from: to, to: from, what, other: None, exchange });
+                self.events.moved(&Moved { from: to, to: from, what, other: None, exchange }, moving);
             }
             (None, Some(replaced)) => self.events.unlinked(to.0, new, replaced.file),
             (None, None) => {}

@@ -5,6 +5,7 @@
 
 mod attached;
 
+use std::cell::Cell;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -12,7 +13,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use rustix::fs::Stat;
 use rustix::io::Errno;
 use vexfs_store::{Config, Content, FileId, Fingerprint, Link, Volume};
@@ -53,6 +54,9 @@ pub struct Ingest {
     pub beneath: Mutex<&'static str>,
     /// A file that was to be read was under none of its names: no answer is whole before the walk.
     lost: AtomicBool,
+    /// Shared by who moves a directory through the mount, until the volume knows where it is. Taken before the volume's
+    /// locks, or not waited for.
+    pub moving: RwLock<()>,
 }
 
 /// Does a regular file of this name hold vectors or configure a collection?
@@ -88,6 +92,7 @@ impl Ingest {
             walked: AtomicBool::new(false),
             beneath: Mutex::new("walking"),
             lost: AtomicBool::new(false),
+            moving: RwLock::new(()),
         }
     }
 
@@ -146,10 +151,20 @@ impl Ingest {
     }
 
     /// Takes a name away that doesn't lead to the file any more. Looked at while no name can change in the volume: a
-    /// rename through the mount, done and not told yet, tells after this.
+    /// rename through the mount, done and not told yet, tells after this, and brings the file back. What lies below a
+    /// directory it could not, so none is being moved meanwhile.
     pub fn drop_stale(&self, file: FileId, link: &Link) {
-        if !self.leads_to(link, file) {
-            self.unlinked_if(file, link, || !self.leads_to(link, file));
+        while !self.leads_to(link, file) {
+            let moving = Cell::new(false);
+            self.unlinked_if(file, link, || {
+                let alone = self.moving.try_write();
+                moving.set(alone.is_none());
+                alone.is_some() && !self.leads_to(link, file)
+            });
+            if !moving.get() {
+                return;
+            }
+            std::thread::yield_now();
         }
     }
 
