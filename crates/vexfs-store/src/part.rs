@@ -30,8 +30,8 @@ pub struct Reading {
     pub at: Instant,
     born: AtomicU64,
     died: AtomicU64,
-    /// Counters of ended rows of the parts that hold this reading.
-    holders: Mutex<Vec<Arc<AtomicU64>>>,
+    /// Counters of ended rows of the parts that hold this reading, and how many of its rows each has.
+    holders: Mutex<Vec<(Arc<AtomicU64>, u32)>>,
 }
 
 impl Reading {
@@ -57,22 +57,22 @@ impl Reading {
     pub fn end(&self, version: u64) {
         let holders = self.holders.lock();
         if self.died.swap(version, Ordering::AcqRel) == NEVER {
-            for ended in holders.iter() {
-                ended.fetch_add(u64::from(self.rows), Ordering::AcqRel);
+            for (ended, rows) in holders.iter() {
+                ended.fetch_add(u64::from(*rows), Ordering::AcqRel);
             }
         }
     }
 
-    /// Counts this reading's rows in `ended` from the moment that it ends (at once if it has).
-    fn count_in(&self, ended: &Arc<AtomicU64>) {
+    /// Counts so many of this reading's rows in `ended` from the moment that it ends (at once if it has).
+    fn count_in(&self, ended: &Arc<AtomicU64>, rows: u32) {
         let mut holders = self.holders.lock();
         // A counter that nobody else has belonged to a part that is gone.
-        holders.retain(|holder| Arc::strong_count(holder) > 1);
+        holders.retain(|(holder, _)| Arc::strong_count(holder) > 1);
         // One, or two while a segment takes another's place.
         holders.reserve_exact(1);
-        holders.push(Arc::clone(ended));
+        holders.push((Arc::clone(ended), rows));
         if self.ended() {
-            ended.fetch_add(u64::from(self.rows), Ordering::AcqRel);
+            ended.fetch_add(u64::from(rows), Ordering::AcqRel);
         }
     }
 
@@ -121,8 +121,15 @@ struct ScopeBits {
 impl Part {
     fn new(store: Store) -> Arc<Part> {
         let part = Part { store, ended: Arc::default(), scope: Mutex::new(None) };
-        for reading in part.readings() {
-            reading.count_in(&part.ended);
+        // Of a reading that ended while its rows were gathered some are here.
+        let mut held = vec![0; part.readings().count()];
+        for (number, _) in (0..part.index().len() as u32).filter_map(|slot| part.point(Slot(slot))) {
+            if let Some(rows) = held.get_mut(number as usize) {
+                *rows += 1;
+            }
+        }
+        for (reading, rows) in part.readings().zip(held) {
+            reading.count_in(&part.ended, rows);
         }
         Arc::new(part)
     }
@@ -181,7 +188,7 @@ impl Part {
         let Store::Head(head) = &self.store else { return None };
         let Head { index, points, readings } = &**head;
         let number = readings.push(Arc::clone(reading)) as u32;
-        reading.count_in(&self.ended);
+        reading.count_in(&self.ended, reading.rows);
         let first = points.count() as u32;
         for (row, bytes) in rows.chunks_exact(index.space().row_bytes()).enumerate() {
             // The table first: a slot that a search finds has its entry.

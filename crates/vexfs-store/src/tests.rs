@@ -3,6 +3,7 @@
 
 mod beside;
 mod crash;
+mod gone;
 mod model;
 mod rot;
 mod world;

@@ -1,0 +1,62 @@
+//! What is kept of files, segments and collections that are gone, and what becomes of what was on its way to them.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use vexfs_index::{Element, Index, Metric, Params, Place, Space, build_in};
+
+use super::*;
+use crate::collection::Collection;
+use crate::part::{Part, Reading};
+use crate::segment::{Segment, SegmentError, SegmentFile};
+
+fn at(dir: u64, name: &str) -> Link {
+    Link { parent: FileId(dir), name: name.as_bytes().to_vec() }
+}
+
+fn put_at(volume: &Volume, dir: u64, file: u64, rows: &[f32], dimension: usize) {
+    volume.link(FileId(file), at(dir, &format!("{file}.npy")));
+    let target = volume.prepare(FileId(file), dimension, Element::F32).unwrap();
+    let mut bytes = Vec::new();
+    rows.chunks_exact(dimension).for_each(|row| target.space.encode(row, &mut bytes).unwrap());
+    volume.put(FileId(file), print(file), &target, bytes).unwrap();
+}
+
+/// Makes a segment of what a collection of this directory waits to have sealed.
+fn seal(volume: &Volume, dir: u64) -> (Arc<Collection>, Arc<Part>) {
+    let inner = &volume.inner;
+    let id = volume.nearest_collection(FileId(dir)).unwrap();
+    let collection = inner.collections.read().get(&id).cloned().unwrap();
+    maintain::freeze(inner, &collection);
+    let waiting: Vec<_> = collection.parts.load().iter().skip(1).cloned().collect();
+    assert!(maintain::rewrite(inner, &collection, &waiting).unwrap());
+    let part = collection.parts.load().last().cloned().unwrap();
+    (collection, part)
+}
+
+fn is_warm(part: &Part) -> bool {
+    part.as_segment().unwrap().index.memory().index > 0
+}
+
+/// A reading that ended while its rows were gathered has some of them in the segment and counted with all: a segment of
+/// fewer points than had ended was taken for empty, and what else was in it was not found.
+#[test]
+fn of_a_file_that_ended_a_segment_counts_the_rows_that_it_has() {
+    let disk = MemDisk::default();
+    let space = Space::new(2, Metric::L2, Element::F32).unwrap();
+    let mut rows = Vec::new();
+    (0..3).for_each(|n| space.encode(&[n as f32, 1.0], &mut rows).unwrap());
+    let params = Params::default();
+    let built = build_in(Place::Memory, &space, &rows, &params, 1, &AtomicBool::new(false)).unwrap().unwrap();
+    let readings = [(10, 1_000), (11, 2)].map(|(file, rows)| Reading::unborn(FileId(file), Generation(file), rows));
+    let files = readings.each_ref().map(|r| SegmentFile { file: r.file, generation: r.generation, rows: r.rows });
+    let points = [(0, 7), (1, 0), (1, 1)];
+    let content = segment::Content { space, files: &files, points: &points, rows: &rows, built: &built };
+    segment::write(&disk, SegmentId(1), &content).unwrap();
+    readings[0].end(0);
+    let part = Part::sealed(Segment::open(&disk, SegmentId(1)).unwrap(), readings.to_vec());
+    assert_eq!(part.ended_points(), 1);
+    readings[1].end(0);
+    assert_eq!(part.ended_points(), 3);
+}
