@@ -159,6 +159,11 @@ impl Sealed {
         }
     }
 
+    /// Bytes that [`Sealed::warm`] copies.
+    pub fn hot_bytes(&self) -> usize {
+        self.graph.as_ref().map_or(0, |graph| graph.lists(0).len() * 4 + self.mapped_codes().len())
+    }
+
     /// The row of a slot; empty where there is none.
     pub fn row(&self, slot: Slot) -> &[u8] {
         let size = self.space.row_bytes();

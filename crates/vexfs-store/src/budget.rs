@@ -6,9 +6,10 @@
 //! what waits to be sealed and the catalog's pages a sixteenth each. The rest is slack for what is in the middle of
 //! something: scratches, a transaction's rows, what the allocator keeps.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use vexfs_index::{Index, build_bytes};
+use vexfs_index::build_bytes;
 
 use crate::collection::SEAL_BYTES;
 use crate::schema::Schema;
@@ -30,7 +31,19 @@ pub struct Budget {
     /// Bytes for copies on huge pages and for names.
     hot: u64,
     /// Bytes of the copies that there are.
-    copied: AtomicU64,
+    copied: Arc<AtomicU64>,
+}
+
+/// So many bytes of copies, as long as it lives.
+pub struct Share {
+    copied: Arc<AtomicU64>,
+    bytes: u64,
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.copied.fetch_sub(self.bytes, Ordering::AcqRel);
+    }
 }
 
 impl Budget {
@@ -43,7 +56,7 @@ impl Budget {
                 cache: CACHE_BYTES,
                 build: u64::MAX,
                 hot: u64::MAX,
-                copied: AtomicU64::new(0),
+                copied: Arc::default(),
             };
         };
         let share = |part: u64| usize::try_from(bytes / part).unwrap_or(usize::MAX);
@@ -53,7 +66,7 @@ impl Budget {
             cache: share(16).clamp(1 << 20, CACHE_BYTES),
             build: bytes / 4,
             hot: bytes / 2,
-            copied: AtomicU64::new(0),
+            copied: Arc::default(),
         }
     }
 
@@ -67,16 +80,15 @@ impl Budget {
     /// served from the map, at the price of a third of a search's time.
     pub fn warm(&self, segment: &Segment, names: u64) {
         let most = self.hot.saturating_sub(names);
-        let more = |copied: u64| copied.checked_add(segment.hot_bytes).filter(|copied| *copied <= most);
-        if self.copied.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).is_ok() {
-            segment.index.warm();
+        let bytes = segment.index.hot_bytes() as u64;
+        let more = |copied: u64| copied.checked_add(bytes).filter(|copied| *copied <= most);
+        if bytes == 0 || self.copied.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).is_err() {
+            return;
         }
-    }
-
-    /// The segment and its copies are gone.
-    pub fn cooled(&self, segment: &Segment) {
-        if segment.index.memory().index > 0 {
-            self.copied.fetch_sub(segment.hot_bytes, Ordering::AcqRel);
+        let share = Share { copied: Arc::clone(&self.copied), bytes };
+        // Where it has one already this one goes back.
+        if segment.copies.set(share).is_ok() {
+            segment.index.warm();
         }
     }
 }

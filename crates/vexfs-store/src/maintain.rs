@@ -302,7 +302,6 @@ fn replace(inner: &Inner, collection: &Collection, inputs: &[Arc<Part>], output:
         parts.extend(output);
         inner.exchange_parts(collection, parts);
     }
-    inputs.iter().filter_map(|part| part.as_segment()).for_each(|segment| inner.budget.cooled(segment));
     // If this fails the old segments' files stay, as the durable manifest may still name them; the rows are kept
     // to be written by the next commit, and files that no manifest names are removed by the next open.
     inner.commit().map_err(io::Error::other)?;

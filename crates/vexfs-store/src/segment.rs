@@ -8,11 +8,12 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use vexfs_index::{Built, Bytes, Element, FormatError, Index, Metric, Region, Sealed, Space};
 
+use crate::budget::Share;
 use crate::disk::Disk;
 use crate::id::{FileId, Generation, SegmentId};
 
@@ -238,8 +239,8 @@ pub struct Segment {
     pub index: Sealed,
     /// Bytes on disk.
     pub bytes: u64,
-    /// Bytes that walks read at random places.
-    pub hot_bytes: u64,
+    /// What the copies of what walks read take of the budget, if there are any.
+    pub(crate) copies: OnceLock<Share>,
     points: Slice,
     vectors: Unproven,
 }
@@ -250,9 +251,6 @@ impl Segment {
         let region = disk.map(&id.path())?;
         let parsed = parse(region.bytes(), id)?;
         let [files, points, vectors, codes, graph] = parsed.sections;
-        // Rows that are their own codes have none beside them.
-        let walked = if codes.is_empty() { vectors.len() } else { codes.len() };
-        let hot_bytes = (walked + graph.len()) as u64;
         let section = |range: Range<usize>| -> Region { Arc::new(Slice { region: region.clone(), range }) };
         let index = Sealed::open(parsed.space, section(vectors.clone()), section(codes), section(graph))?;
         if index.len() != parsed.points {
@@ -273,7 +271,7 @@ impl Segment {
         }
         let (bytes, row_bytes) = (bytes.len() as u64, parsed.space.row_bytes());
         let vectors = Unproven::new(region, parsed.checksums, vectors, row_bytes);
-        Ok(Segment { id, files, index, bytes, hot_bytes, points, vectors })
+        Ok(Segment { id, files, index, bytes, copies: OnceLock::new(), points, vectors })
     }
 
     /// Is it of this schema? A search would read rows of another length than they have.

@@ -527,7 +527,6 @@ impl Inner {
         self.exchange_parts(collection, parts);
         self.changed(&mut writer);
         drop(writer);
-        self.budget.cooled(segment);
         self.note(format!(
             "segment {:016x} is given up and its {} files are read again: {why}",
             segment.id.0,

@@ -60,3 +60,28 @@ fn of_a_file_that_ended_a_segment_counts_the_rows_that_it_has() {
     readings[1].end(0);
     assert_eq!(part.ended_points(), 3);
 }
+
+/// What a segment's copies take was counted where there were none, and where they were made twice, and taken back twice
+/// of a segment that was given up while it was rewritten: from then on no segment was copied to huge pages.
+#[test]
+fn the_budget_for_copies_is_whole_when_the_segments_are_gone() {
+    let few = Options { memory: Some(8 << 20), ..options(SyncMode::Lazy) };
+    let (volume, _) = Volume::open_still(Arc::new(MemDisk::default()), few).unwrap();
+    volume.set_dir(FileId(5), link("wide"));
+    volume.set_dir(FileId(6), link("many"));
+    let wide: Vec<f32> = (0..900 * 1_024).map(|n| 1.0 + (n % 97) as f32).collect();
+    put_at(&volume, 5, 10, &wide, 1_024);
+    let (_, without) = seal(&volume, 5);
+    assert!(!is_warm(&without), "so few have no graph");
+    for n in 0..4 {
+        put_at(&volume, 6, 20, &bulk(n), 4);
+        let (collection, part) = seal(&volume, 6);
+        assert!(is_warm(&part), "{n}");
+        // As the thread does that verifies.
+        volume.inner.warm(part.as_segment().unwrap());
+        if n == 1 {
+            volume.inner.quarantine(&collection, &part, &SegmentError::Malformed("for a test"));
+            assert!(maintain::rewrite(&volume.inner, &collection, &[part]).unwrap());
+        }
+    }
+}
