@@ -274,10 +274,19 @@ pub(crate) fn rewrite(inner: &Inner, collection: &Collection, inputs: &[Arc<Part
         let content = segment::Content { space: schema.space, files: &files, points: &points, rows, built: &built };
         segment::write(&*inner.disk, id, &content)?;
         drop(built);
-        let segment = Segment::open(&*inner.disk, id).map_err(io::Error::other)?;
-        if !segment.verify(&inner.stop).map_err(io::Error::other)? {
-            return Ok(false);
-        }
+        let opened = Segment::open(&*inner.disk, id)
+            .and_then(|segment| Ok(segment.verify(&inner.stop)?.then_some(segment)))
+            .map_err(io::Error::other);
+        let segment = match opened {
+            Ok(Some(segment)) => segment,
+            not => {
+                // Nothing names it, and the next try writes another.
+                if let Err(error) = inner.disk.remove(&id.path()) {
+                    log::warn!("{}: can't be removed: {error}", id.path());
+                }
+                return not.map(|_| false);
+            }
+        };
         inner.warm(&segment);
         Some(Part::sealed(segment, readings))
     };

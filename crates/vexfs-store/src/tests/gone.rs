@@ -85,3 +85,18 @@ fn the_budget_for_copies_is_whole_when_the_segments_are_gone() {
         }
     }
 }
+
+/// Each try left another file of the segment's whole size, and the disk was soon full.
+#[test]
+fn a_segment_that_cannot_be_opened_leaves_no_file() {
+    let disk = MemDisk::default();
+    let (volume, _) = Volume::open_still(Arc::new(disk.clone()), options(SyncMode::Lazy)).unwrap();
+    put_bulk(&volume, 10, "0.npy", 0);
+    let collection = volume.inner.collections.read().values().next().cloned().unwrap();
+    let inputs = Vec::from(&collection.parts.load()[1..]);
+    disk.fail_reads_from(disk.reads(), rustix::io::Errno::MFILE.raw_os_error());
+    maintain::rewrite(&volume.inner, &collection, &inputs).unwrap_err();
+    disk.heal();
+    assert!(disk.list("segments").unwrap().is_empty());
+    assert_eq!(near(&volume, &bulk(0)[..4], 1), ["0.npy"]);
+}
