@@ -120,9 +120,14 @@ fn seal_loop(inner: &Inner) {
                 return;
             }
             freeze_full_head(inner, &collection);
-            match step(inner, &collection) {
-                Ok(true) => worked = true,
-                Ok(false) => retire_if_empty(inner, &collection),
+            let stepped = step(inner, &collection).and_then(|stepped| {
+                if !stepped {
+                    retire_if_empty(inner, &collection)?;
+                }
+                Ok(stepped)
+            });
+            match stepped {
+                Ok(stepped) => worked |= stepped,
                 Err(error) => {
                     inner.failures.fetch_add(1, Ordering::AcqRel);
                     inner.note(format!("sealing: {error}; the points stay where they are and it is tried again"));
@@ -320,13 +325,14 @@ fn replace(inner: &Inner, collection: &Collection, inputs: &[Arc<Part>], output:
     Ok(())
 }
 
-/// A collection that another has replaced at its root goes when its last point has gone.
-fn retire_if_empty(inner: &Inner, collection: &Collection) {
+/// A collection that another has replaced at its root, or whose root is gone, goes when its last point has gone.
+fn retire_if_empty(inner: &Inner, collection: &Collection) -> io::Result<()> {
     let dir = collection.row.lock().dir;
     let replaced = inner.roots.read().get(&dir) != Some(&collection.id);
     if !replaced || collection.live_points() > 0 {
-        return;
+        return Ok(());
     }
+    let _alone = inner.rewriting.lock();
     let mut writer = inner.writer.lock();
     let in_use = inner
         .tree
@@ -334,14 +340,18 @@ fn retire_if_empty(inner: &Inner, collection: &Collection) {
         .files()
         .any(|(_, row)| matches!(row.content, Content::Indexed { collection: id, .. } if id == collection.id));
     if in_use {
-        return;
+        return Ok(());
     }
     let segments: Vec<SegmentId> =
         collection.parts.load().iter().filter_map(|part| part.as_segment().map(|s| s.id)).collect();
-    writer.dirty_segments.extend(segments.into_iter().map(|id| (id, None)));
+    writer.dirty_segments.extend(segments.iter().map(|id| (*id, None)));
     writer.dirty_collections.insert(collection.id);
     inner.collections.write().remove(&collection.id);
     inner.changed(&mut writer);
+    drop(writer);
+    // As in `replace`.
+    inner.commit().map_err(io::Error::other)?;
+    segments.iter().try_for_each(|id| inner.disk.remove(&id.path()))
 }
 
 /// Seals heads that would take long to read again. The threads have ended.

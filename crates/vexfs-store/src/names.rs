@@ -29,14 +29,11 @@ impl Volume {
         }
     }
 
-    /// Forgets a directory that was removed, and the collection rooted there.
+    /// Forgets a directory that was removed. The collection rooted there goes when its segments have gone.
     pub fn remove_dir(&self, dir: FileId) {
         let mut writer = self.inner.writer.lock();
         self.inner.tree.write().remove_dir(dir);
-        if let Some(id) = self.inner.roots.write().remove(&dir) {
-            self.inner.collections.write().remove(&id);
-            writer.dirty_collections.insert(id);
-        }
+        self.inner.roots.write().remove(&dir);
         self.inner.changed(&mut writer);
     }
 

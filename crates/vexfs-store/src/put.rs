@@ -255,6 +255,8 @@ impl Inner {
         while collection.unsealed_bytes() > self.budget.unsealed
             && self.tended.load(Ordering::Acquire)
             && self.failures.load(Ordering::Acquire) == before
+            // One that is gone is sealed by nobody.
+            && self.collections.read().contains_key(&collection.id)
         {
             std::thread::sleep(ROOM_STEP);
         }

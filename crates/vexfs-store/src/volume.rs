@@ -3,7 +3,7 @@
 //! Lock order: `append` of a collection, then `writer`, then `tree`. Searches take none of the first two. Whatever must
 //! agree (names, readings, collections, manifests) changes under `writer`, so that a commit writes one moment.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::thread::JoinHandle;
@@ -263,9 +263,13 @@ fn load(
         .collect();
     let mut collections = BTreeMap::new();
     let mut roots = HashMap::new();
+    let dirs: HashSet<FileId> = rows.dirs.iter().map(|(dir, _)| *dir).chain([FileId::ROOT]).collect();
     for (id, row) in rows.collections {
         let schema = schema_of(&row);
-        roots.insert(row.dir, id);
+        // One whose root is gone is about to go; another directory may have the number.
+        if dirs.contains(&row.dir) {
+            roots.insert(row.dir, id);
+        }
         collections.insert(id, Collection::new(id, row, schema));
     }
     let mut readings: HashMap<FileId, Arc<Reading>> = HashMap::new();

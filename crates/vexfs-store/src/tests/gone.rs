@@ -100,3 +100,59 @@ fn a_segment_that_cannot_be_opened_leaves_no_file() {
     assert!(disk.list("segments").unwrap().is_empty());
     assert_eq!(near(&volume, &bulk(0)[..4], 1), ["0.npy"]);
 }
+
+/// A removed directory's collection went at once: the files of its segments stayed.
+#[test]
+fn of_a_removed_directory_no_segment_stays() {
+    let disk = MemDisk::default();
+    let (volume, _) = open(&disk).unwrap();
+    volume.set_dir(FileId(5), link("dir"));
+    put_at(&volume, 5, 10, &bulk(1), 4);
+    volume.settle().unwrap();
+    assert_eq!(disk.list("segments").unwrap().len(), 1);
+    volume.unlink(FileId(10), &at(5, "10.npy"));
+    volume.remove_dir(FileId(5));
+    for _ in 0..1_000 {
+        if disk.list("segments").unwrap().is_empty() && volume.inner.collections.read().is_empty() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    panic!("{:?} are still there", disk.list("segments").unwrap());
+}
+
+/// A file that was being read waited for a collection to be sealed that nobody would seal any more: its close(2) never
+/// returned.
+#[test]
+fn who_waits_for_room_in_a_removed_directory_does_not_wait_for_ever() {
+    let few = Options { memory: Some(3 << 20), ..options(SyncMode::Lazy) };
+    let (volume, _) = Volume::open(Arc::new(MemDisk::default()), few).unwrap();
+    volume.set_dir(FileId(5), link("other"));
+    volume.set_dir(FileId(6), link("dir"));
+    put_at(&volume, 5, 9, &[1.0, 2.0], 2);
+    // A long build elsewhere.
+    let building = volume.inner.rewriting.lock();
+    std::thread::sleep(Duration::from_secs(2));
+    put_at(&volume, 6, 10, &bulk(1), 4);
+    put_at(&volume, 6, 11, &bulk(2), 4);
+    let target = volume.prepare_in(FileId(6), FileId(12), 4, Element::F32).unwrap();
+    for file in [10, 11] {
+        volume.unlink(FileId(file), &at(6, &format!("{file}.npy")));
+    }
+    volume.remove_dir(FileId(6));
+    drop(building);
+    let (tell, told) = std::sync::mpsc::sync_channel(1);
+    std::thread::scope(|scope| {
+        let volume = &volume;
+        scope.spawn(move || {
+            let mut row = Vec::new();
+            target.space.encode(&[1.0; 4], &mut row).unwrap();
+            let put = volume.put(FileId(12), print(1), &target, row).unwrap();
+            tell.send(put).unwrap();
+        });
+        let put = told.recv_timeout(Duration::from_secs(20));
+        // So that the test ends.
+        volume.inner.tended.store(false, Ordering::Release);
+        assert_eq!(put, Ok(false));
+    });
+}
