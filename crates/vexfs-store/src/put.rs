@@ -109,6 +109,11 @@ impl Volume {
         let mut writer = inner.writer.lock();
         let content = Content::Indexed { collection: collection.id, generation, rows: count_u32 };
         let published = inner.publish(&mut writer, file, fingerprint, content, Some(&reading));
+        if published && !inner.collections.read().contains_key(&collection.id) {
+            // It had no points left, and went, while these were on their way.
+            inner.collections.write().insert(collection.id, Arc::clone(collection));
+            writer.dirty_collections.insert(collection.id);
+        }
         drop(writer);
         inner.wake();
         Ok(published)

@@ -156,3 +156,19 @@ fn who_waits_for_room_in_a_removed_directory_does_not_wait_for_ever() {
         assert_eq!(put, Ok(false));
     });
 }
+
+/// A collection went for want of points while a file's were on their way: they were taken, and nobody asked there.
+#[test]
+fn what_comes_to_a_collection_that_went_meanwhile_is_found() {
+    let (volume, _) = open(&MemDisk::default()).unwrap();
+    volume.link(FileId(10), link("late.npy"));
+    let late = volume.prepare(FileId(10), 2, Element::F32).unwrap();
+    put(&volume, 11, "other.npy", &[&[1.0, 2.0, 3.0]]);
+    while volume.inner.collections.read().len() > 1 {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let mut row = Vec::new();
+    late.space.encode(&[1.0, 2.0], &mut row).unwrap();
+    assert!(volume.put(FileId(10), print(1), &late, row).unwrap());
+    assert_eq!(near(&volume, &[1.0, 2.0], 1), ["late.npy"]);
+}
