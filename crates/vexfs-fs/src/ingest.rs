@@ -154,18 +154,7 @@ impl Ingest {
     /// rename through the mount, done and not told yet, tells after this, and brings the file back. What lies below a
     /// directory it could not, so none is being moved meanwhile.
     pub fn drop_stale(&self, file: FileId, link: &Link) {
-        while !self.leads_to(link, file) {
-            let moving = Cell::new(false);
-            self.unlinked_if(file, link, || {
-                let alone = self.moving.try_write();
-                moving.set(alone.is_none());
-                alone.is_some() && !self.leads_to(link, file)
-            });
-            if !moving.get() {
-                return;
-            }
-            std::thread::yield_now();
-        }
+        self.drop_if(|| !self.leads_to(link, file), |gone| self.unlinked_if(file, link, gone));
     }
 
     /// Does a name lead to the file or directory, as the source is now?
@@ -176,6 +165,34 @@ impl Ingest {
         }
         path.extend_from_slice(&link.name);
         self.source.stat(&path).is_ok_and(|stat| self.source.id(&stat) == Some(file))
+    }
+
+    /// Forgets a directory that isn't there any more, looked at in the same way.
+    pub fn drop_stale_dir(&self, dir: FileId) {
+        let is_gone = || {
+            let Some(path) = self.volume.dir_path(dir) else { return true };
+            match self.source.stat(&path) {
+                Ok(stat) => self.source.id(&stat) != Some(dir),
+                Err(errno) => matches!(errno, Errno::NOENT | Errno::NOTDIR),
+            }
+        };
+        self.drop_if(is_gone, |gone| self.volume.remove_dir_if(dir, gone));
+    }
+
+    /// Has `drop` take away what is `gone`, which it asks while no name can change in the volume.
+    fn drop_if(&self, gone: impl Fn() -> bool, drop: impl Fn(&dyn Fn() -> bool)) {
+        while gone() {
+            let moving = Cell::new(false);
+            drop(&|| {
+                let alone = self.moving.try_write();
+                moving.set(alone.is_none());
+                alone.is_some() && gone()
+            });
+            if !moving.get() {
+                return;
+            }
+            std::thread::yield_now();
+        }
     }
 
     fn read_unless_known(&self, file: FileId, opened: &File, when: When) -> Result<(), Refusal> {

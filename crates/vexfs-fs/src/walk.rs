@@ -90,6 +90,7 @@ impl<'a> Walker<'a> {
             }
             self.drop_stale_links(file, seen.contains(&file));
         }
+        self.drop_stale_dirs();
         self.ingest.volume.scan_finished();
         if let Err(failure) = self.ingest.commit() {
             log::error!("after the walk: {}", failure.message);
@@ -227,7 +228,10 @@ impl<'a> Walker<'a> {
 
     /// Looks at names that changed.
     fn look_again(&mut self) {
+        // Names that lead to nothing, or to something else than they did.
         let mut gone = HashSet::new();
+        let mut new = Vec::new();
+        let told = |file: FileId, link: &Link| self.ingest.volume.links(file).contains(link);
         for (dir, changed) in self.watch.due() {
             // A directory that is no longer where it was has changed a name of another.
             let Some(folder) = self.watch.chain(dir).map(Folder::new) else { continue };
@@ -239,7 +243,11 @@ impl<'a> Walker<'a> {
             for (name, is_dir) in changed {
                 let kind = if is_dir { FileType::Directory } else { FileType::RegularFile };
                 match self.look(fd.as_fd(), &folder, &name, kind, &mut names) {
-                    Ok(()) => self.read_attached(fd.as_fd(), &name),
+                    Ok(()) if !is_dir && self.ingest.volume.any_attached() => {
+                        self.read_attached(fd.as_fd(), &name);
+                        gone.insert(Link { parent: dir, name });
+                    }
+                    Ok(()) => {}
                     Err(Errno::NOENT) => drop(gone.insert(Link { parent: dir, name })),
                     Err(errno) => {
                         let path = [&folder.path[..], b"/", &name].concat();
@@ -247,21 +255,26 @@ impl<'a> Walker<'a> {
                     }
                 }
             }
+            gone.extend(names.files.iter().filter(|(file, link)| !told(*file, link)).map(|(_, link)| link.clone()));
             self.read(&folder, &mut names, &mut HashSet::new());
             for (dir, link) in names.dirs {
-                self.found_dir(folder.below(dir, link.clone()), &link);
+                let folder = folder.below(dir, link.clone());
+                if self.is_new(&folder, &link) {
+                    gone.insert(link);
+                    new.push(folder);
+                }
             }
         }
         if !gone.is_empty() {
             self.drop_gone(&gone);
         }
+        self.descend(new, &mut HashSet::new());
     }
 
     /// What was attached to a changed file may be gone.
     fn read_attached(&self, fd: BorrowedFd<'_>, name: &[u8]) {
         let ingest = self.ingest;
-        if ingest.volume.any_attached()
-            && let Ok(stat) = rustix::fs::statat(fd, name, AtFlags::SYMLINK_NOFOLLOW)
+        if let Ok(stat) = rustix::fs::statat(fd, name, AtFlags::SYMLINK_NOFOLLOW)
             && let Some(id) = ingest.source.id(&stat)
             && ingest.volume.has_attached(id)
         {
@@ -269,12 +282,13 @@ impl<'a> Walker<'a> {
         }
     }
 
-    fn found_dir(&mut self, folder: Folder, link: &Link) {
+    /// Is it to be walked? One that is known may be here now.
+    fn is_new(&mut self, folder: &Folder, link: &Link) -> bool {
         // Gone again: its directory will tell.
-        let Ok(fd) = self.ingest.source.open_dir(&folder.path) else { return };
+        let Ok(fd) = self.ingest.source.open_dir(&folder.path) else { return false };
         match self.watch.found(fd.as_fd(), folder.id(), link) {
             Found::There => {}
-            Found::New => self.descend(vec![folder], &mut HashSet::new()),
+            Found::New => return true,
             Found::Moved(from) => {
                 if self.ingest.volume.knows_dir(folder.id()) {
                     self.place(&folder.chain);
@@ -283,18 +297,26 @@ impl<'a> Walker<'a> {
                 }
             }
         }
+        false
     }
 
-    /// Names that lead nowhere any more: the index may have files there, or below there.
+    /// Names that lead no longer where they did: the index may have files there, or below there.
     fn drop_gone(&mut self, gone: &HashSet<Link>) {
         let volume = &self.ingest.volume;
-        let dirs = self.watch.forget(gone);
-        let files = match dirs.into_iter().any(|dir| volume.knows_dir(dir)) {
-            true => volume.known_files(),
-            false => volume.files_named(gone),
-        };
+        let below = self.watch.forget(gone).into_iter().any(|dir| volume.knows_dir(dir));
+        let files = if below { volume.known_files() } else { volume.files_named(gone) };
         for file in files {
             self.drop_stale_links(file, false);
+        }
+        if below {
+            self.drop_stale_dirs();
+        }
+    }
+
+    /// Directories that are gone, with all that was known below them.
+    fn drop_stale_dirs(&self) {
+        for dir in self.ingest.volume.barren_dirs() {
+            self.ingest.drop_stale_dir(dir);
         }
     }
 
@@ -327,3 +349,6 @@ impl<'a> Walker<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

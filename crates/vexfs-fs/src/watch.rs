@@ -130,7 +130,11 @@ impl Watch {
         match self.key_of(fd) {
             Ok(key) => {
                 self.by_key.insert(key.clone(), dir);
-                self.dirs.insert(dir, Dir { key, link: link.cloned() });
+                let known = self.dirs.insert(dir, Dir { key: key.clone(), link: link.cloned() });
+                // Another one had the number.
+                if let Some(known) = known.filter(|known| known.key != key) {
+                    self.by_key.remove(&known.key);
+                }
             }
             Err(errno) => {
                 if !self.holes {
@@ -149,6 +153,12 @@ impl Watch {
             (Teller::Inotify(_), false) => "inotify",
             (Teller::Nobody, false) => "trusted",
         }
+    }
+
+    /// Directories that are known, and keys that lead to one.
+    #[cfg(test)]
+    pub fn watched(&self) -> (usize, usize) {
+        (self.dirs.len(), self.by_key.len())
     }
 
     /// Is the source to be walked now and then?

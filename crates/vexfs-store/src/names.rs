@@ -31,7 +31,15 @@ impl Volume {
 
     /// Forgets a directory that was removed. The collection rooted there goes when its segments have gone.
     pub fn remove_dir(&self, dir: FileId) {
+        self.remove_dir_if(dir, || true);
+    }
+
+    /// The same, if it is `gone` while no name can change here.
+    pub fn remove_dir_if(&self, dir: FileId, gone: impl FnOnce() -> bool) {
         let mut writer = self.inner.writer.lock();
+        if !gone() {
+            return;
+        }
         self.inner.tree.write().remove_dir(dir);
         self.inner.roots.write().remove(&dir);
         self.inner.changed(&mut writer);

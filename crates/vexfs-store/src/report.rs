@@ -206,6 +206,25 @@ impl Volume {
         self.inner.tree.read().files().map(|(file, _)| file).collect()
     }
 
+    /// Every directory that is known, but for the root.
+    pub fn known_dirs(&self) -> Vec<FileId> {
+        self.inner.tree.read().dirs().map(|(dir, _)| dir).collect()
+    }
+
+    /// Directories below which no file is known.
+    pub fn barren_dirs(&self) -> Vec<FileId> {
+        let tree = self.inner.tree.read();
+        let mut held = HashSet::new();
+        for mut dir in tree.files().flat_map(|(_, row)| row.links.iter().map(|link| link.parent)) {
+            // Those above one that is held are.
+            while held.insert(dir) {
+                let Some(above) = tree.dir(dir) else { break };
+                dir = above.parent;
+            }
+        }
+        tree.dirs().map(|(dir, _)| dir).filter(|dir| !held.contains(dir)).collect()
+    }
+
     /// Files, and vectors attached to files, that have one of these names.
     pub fn files_named(&self, names: &HashSet<crate::catalog::Link>) -> Vec<FileId> {
         let tree = self.inner.tree.read();

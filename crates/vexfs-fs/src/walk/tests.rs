@@ -1,0 +1,155 @@
+//! What the walker makes of changes beneath, without a mount: others' changes are made by another process, since our
+//! own aren't told.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Arc;
+
+use vexfs_store::disk::MemDisk;
+use vexfs_store::{Query, SyncMode, Volume};
+
+use super::*;
+use crate::events::Known;
+use crate::mount::store_options;
+use crate::source::Source;
+
+struct Below {
+    dir: tempfile::TempDir,
+    volume: Arc<Volume>,
+    ingest: Ingest,
+    stop: Stop,
+}
+
+impl Below {
+    fn new() -> Below {
+        let dir = tempfile::tempdir().unwrap();
+        let source = Arc::new(Source::new(OwnedFd::from(fs::File::open(dir.path()).unwrap())).unwrap());
+        let options = store_options(&source, SyncMode::Lazy, None);
+        let (volume, _) = Volume::open(Arc::new(MemDisk::default()), options).unwrap();
+        let volume = Arc::new(volume);
+        let ingest = Ingest::new(Arc::clone(&volume), source, false, Box::new(|_| false));
+        Below { dir, volume, ingest, stop: Stop::new().unwrap() }
+    }
+
+    fn walker(&self) -> Walker<'_> {
+        let mut walker = Walker::new(&self.ingest, Watch::new(self.ingest.source.root().as_fd()), &self.stop);
+        walker.walk();
+        walker
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        fs::write(self.path(name), text).unwrap();
+    }
+
+    /// By somebody else, and looked at when it has settled.
+    fn beneath(&self, walker: &mut Walker<'_>, script: &str) {
+        let done = Command::new("sh").args(["-ec", script]).current_dir(self.dir.path()).status().unwrap();
+        assert!(done.success(), "{script}");
+        walker.watch.drain();
+        std::thread::sleep(Duration::from_millis(600));
+        walker.watch.drain();
+        walker.look_again();
+    }
+
+    fn id(&self, name: &str) -> FileId {
+        self.ingest.source.id(&self.ingest.source.stat(name.as_bytes()).unwrap()).unwrap()
+    }
+
+    fn nearest(&self, vector: &[f32]) -> Vec<String> {
+        let answer = self.volume.search(&Query::nearest(vector.to_vec(), 9), &mut |_, _, _| true).unwrap();
+        answer.hits.into_iter().map(|hit| String::from_utf8(hit.path).unwrap()).collect()
+    }
+}
+
+fn known(file: FileId) -> Known {
+    Known { file, is_dir: false, has_attached: false }
+}
+
+fn link(name: &str) -> Link {
+    Link { parent: FileId::ROOT, name: name.as_bytes().to_vec() }
+}
+
+/// As programs save: what had the name before stayed in the index with its rows, one more file at each save.
+#[test]
+fn of_a_file_that_another_replaced_beneath_nothing_stays() {
+    let below = Below::new();
+    below.write("a.vec", "1 0");
+    let mut walker = below.walker();
+    // Held, so that its number isn't given away.
+    let _held = fs::File::open(below.path("a.vec")).unwrap();
+    below.beneath(&mut walker, "echo '0 1' > saved; mv saved a.vec");
+    assert_eq!(below.nearest(&[0.0, 1.0]), ["a.vec"]);
+    assert_eq!(below.volume.known_files(), [below.id("a.vec")]);
+}
+
+/// The directory that had the name before was kept, and all that had been in it.
+#[test]
+fn of_a_directory_that_another_replaced_beneath_nothing_stays() {
+    let below = Below::new();
+    fs::create_dir(below.path("dir")).unwrap();
+    below.write("dir/a.vec", "1 0");
+    let mut walker = below.walker();
+    let mut held = Vec::new();
+    for n in 0..3 {
+        held.push(fs::File::open(below.path("dir")).unwrap());
+        below.beneath(&mut walker, &format!("rm -r dir; mkdir dir; echo '1 {n}' > dir/b.vec"));
+        assert_eq!(below.volume.known_files(), [below.id("dir/b.vec")]);
+        assert_eq!(walker.watch.watched(), (2, 2));
+    }
+    below.beneath(&mut walker, "rm -r dir");
+    assert_eq!(below.volume.known_files(), []);
+    assert_eq!(below.volume.known_dirs(), []);
+}
+
+/// While nothing was mounted, say: its row came back at every mount.
+#[test]
+fn of_a_directory_that_is_gone_a_walk_leaves_nothing() {
+    let below = Below::new();
+    fs::create_dir_all(below.path("dir/deep")).unwrap();
+    below.write("dir/deep/a.vec", "1 0");
+    let mut walker = below.walker();
+    assert_eq!(below.volume.known_dirs().len(), 2);
+    fs::remove_dir_all(below.path("dir")).unwrap();
+    walker.walk();
+    assert_eq!(below.volume.known_dirs(), []);
+}
+
+/// A name that was looked at, and renamed through the mount before the index was told of it, was told after it was gone:
+/// with its other name the file was removed, and its vectors were kept.
+#[test]
+fn a_name_that_goes_while_it_is_looked_at_is_not_told() {
+    let below = Below::new();
+    below.write("a.vec", "1 0");
+    let mut walker = below.walker();
+    let file = below.id("a.vec");
+    let mut names = Names::default();
+    let folder = Folder::new(Vec::new());
+    let fd = below.ingest.source.open_dir(b"").unwrap();
+    walker.look(fd.as_fd(), &folder, b"a.vec", FileType::RegularFile, &mut names).unwrap();
+    fs::rename(below.path("a.vec"), below.path("b.vec")).unwrap();
+    below.ingest.renamed(known(file), &link("a.vec"), &link("b.vec"), None);
+    walker.read(&folder, &mut names, &mut HashSet::new());
+    assert_eq!(below.volume.links(file), [link("b.vec")]);
+    fs::remove_file(below.path("b.vec")).unwrap();
+    below.ingest.unlinked(FileId::ROOT, OsStr::new("b.vec"), file);
+    assert_eq!(below.volume.known_files(), []);
+}
+
+/// A look at the old name between rename(2) and its telling took the file away, and the telling gave it no name.
+#[test]
+fn a_file_whose_old_name_is_looked_at_during_its_rename_has_the_new_one() {
+    let below = Below::new();
+    below.write("a.vec", "1 0");
+    below.walker();
+    let file = below.id("a.vec");
+    fs::rename(below.path("a.vec"), below.path("b.vec")).unwrap();
+    below.ingest.drop_stale(file, &link("a.vec"));
+    below.ingest.renamed(known(file), &link("a.vec"), &link("b.vec"), None);
+    assert_eq!(below.nearest(&[1.0, 0.0]), ["b.vec"]);
+}
