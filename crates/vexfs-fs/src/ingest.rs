@@ -440,6 +440,10 @@ impl Ingest {
             return Standing::Gone;
         }
         let now = fingerprint(found);
+        // What is about to be read again stands until then.
+        if *known == Fingerprint::default() {
+            return Standing::Current;
+        }
         // While somebody has it open for writing the old vectors stand: close brings the new ones.
         if (now.size, now.mtime) == (known.size, known.mtime) || (self.being_written)(file) {
             Standing::Current

@@ -82,7 +82,7 @@ impl Ingest {
         if self.source.id(found) != Some(file.holder()) {
             return Standing::Gone;
         }
-        if fingerprint(found).ctime == known.ctime {
+        if fingerprint(found).ctime == known.ctime || *known == Fingerprint::default() {
             return Standing::Current;
         }
         match self.holder(path, file).and_then(|opened| embedding::read(opened.as_fd())) {

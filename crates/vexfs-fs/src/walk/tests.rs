@@ -8,10 +8,11 @@ use std::process::Command;
 use std::sync::Arc;
 
 use vexfs_store::disk::MemDisk;
-use vexfs_store::{Query, SyncMode, Volume};
+use vexfs_store::{Content, Fingerprint, Query, SyncMode, Volume};
 
 use super::*;
 use crate::events::Known;
+use crate::ingest::Standing;
 use crate::mount::store_options;
 use crate::source::Source;
 
@@ -152,4 +153,18 @@ fn a_file_whose_old_name_is_looked_at_during_its_rename_has_the_new_one() {
     below.ingest.drop_stale(file, &link("a.vec"));
     below.ingest.renamed(known(file), &link("a.vec"), &link("b.vec"), None);
     assert_eq!(below.nearest(&[1.0, 0.0]), ["b.vec"]);
+}
+
+/// What is about to be read again is found as it was until then.
+#[test]
+fn a_file_that_is_to_be_read_again_is_found_meanwhile() {
+    let below = Below::new();
+    below.write("a.vec", "1 0");
+    below.walker();
+    let file = below.id("a.vec");
+    let stat = below.ingest.source.stat(b"a.vec").unwrap();
+    below.volume.forget_fingerprint(file);
+    let Some((known, Content::Indexed { .. })) = below.volume.content(file) else { panic!("not indexed") };
+    assert_eq!(known, Fingerprint::default());
+    assert_eq!(below.ingest.standing(file, &stat, &known), Standing::Current);
 }
