@@ -8,7 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
-use rustix::fs::{AtFlags, FallocateFlags, Mode, OFlags, fallocate, mkdirat, openat, renameat, unlinkat};
+use rustix::fs::{
+    AtFlags, FallocateFlags, IFlags, Mode, OFlags, fallocate, ioctl_setflags, mkdirat, openat, renameat, unlinkat,
+};
 use rustix::io::Errno;
 use vexfs_index::{Bytes, Region};
 
@@ -93,6 +95,10 @@ impl Disk for DirDisk {
         let name = format!("segments/scratch-{}", self.scratches.fetch_add(1, Ordering::Relaxed));
         let file = self.open_file(&name, OFlags::RDWR | OFlags::CREATE | OFlags::EXCL)?;
         self.remove(&name)?;
+        // btrfs: what is set aside is for the first writing of a page only, unless it is written in place.
+        if let Err(errno) = ioctl_setflags(&file, IFlags::NOCOW) {
+            log::debug!("a scratch file isn't written in place ({errno})");
+        }
         match fallocate(&file, FallocateFlags::empty(), 0, len) {
             // Written out where space can't be set aside.
             Err(Errno::OPNOTSUPP) => {
