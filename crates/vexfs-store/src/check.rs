@@ -13,7 +13,7 @@ use crate::disk::{Disk, read_small};
 use crate::error::OpenError;
 use crate::id::{CollectionId, FileId, Generation};
 use crate::identity;
-use crate::segment::{Segment, SegmentError};
+use crate::segment::{Segment, SegmentError, SegmentFile};
 use crate::tree::Tree;
 use crate::volume::schema_of;
 use crate::{Fingerprint, Link};
@@ -207,18 +207,19 @@ type Live = Vec<(FileId, u32)>;
 fn rows_of(segment: &Segment, owners: &HashMap<Generation, FileId>) -> Result<(u64, Live), SegmentError> {
     let points = segment.index.len();
     let mut seen = HashSet::with_capacity(points);
-    let mut counts = vec![0u32; segment.files.len()];
+    let files: Vec<SegmentFile> = segment.files().collect();
+    let mut counts = vec![0u32; files.len()];
     for slot in 0..points {
         let Some((file, row)) = segment.point(slot) else {
             return Err(SegmentError::Malformed("a slot without a point"));
         };
-        if segment.files.get(file as usize).is_none_or(|entry| row >= entry.rows) || !seen.insert((file, row)) {
+        if files.get(file as usize).is_none_or(|entry| row >= entry.rows) || !seen.insert((file, row)) {
             return Err(SegmentError::Malformed("a row that its file hasn't, or twice"));
         }
         counts[file as usize] += 1;
     }
     let mut live = Vec::new();
-    for (entry, count) in segment.files.iter().zip(counts) {
+    for (entry, count) in files.iter().zip(counts) {
         let Some(owner) = owners.get(&entry.generation) else { continue };
         if count != entry.rows {
             return Err(SegmentError::Malformed("a file whose rows are not all there"));
@@ -236,7 +237,7 @@ fn look_at_files(
     checked: &mut Checked,
 ) {
     let mut waiting = 0u64;
-    let tree = Tree::new(rows.files.clone(), rows.dirs);
+    let tree = Tree::of_names(&rows.files, rows.dirs);
     for (id, row) in rows.files {
         let place = match id.is_attached() {
             true => format!("what is attached to file {}", id.holder().0),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use vexfs_index::{Mutable, Scratch};
 
 use crate::catalog::CollectionRow;
-use crate::id::CollectionId;
+use crate::id::{CollectionId, Generation};
 use crate::part::{Part, Reading};
 use crate::schema::Schema;
 use crate::sync::{ArcSwap, ArcSwapOption, Mutex};
@@ -60,11 +60,18 @@ impl Collection {
 
     /// Appends a reading's rows to the head. With `link`, or where too many points are pending, they are in its
     /// graph when this returns.
-    pub fn append(&self, reading: &Arc<Reading>, rows: &[u8], link: bool, scratch: &mut Scratch) {
+    pub fn append(
+        &self,
+        reading: &Arc<Reading>,
+        generation: Generation,
+        rows: &[u8],
+        link: bool,
+        scratch: &mut Scratch,
+    ) {
         let (head, slots) = {
             let _appending = self.append.lock();
             let Some(head) = self.head() else { return };
-            let Some(slots) = head.append(reading, rows) else { return };
+            let Some(slots) = head.append(reading, generation, rows) else { return };
             (head, slots)
         };
         if let Some(index) = head.as_head()

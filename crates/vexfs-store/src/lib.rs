@@ -20,6 +20,7 @@ mod part;
 mod put;
 mod rekey;
 mod report;
+mod row;
 mod rows;
 #[cfg(test)]
 #[cfg(feature = "schedules")]

@@ -13,11 +13,10 @@ use std::time::{Duration, Instant};
 
 use vexfs_index::{Index, Place, Scratch, Slot, build_in};
 
-use crate::catalog::Content;
 use crate::collection::{Collection, new_head};
 use crate::id::SegmentId;
 use crate::part::Part;
-use crate::segment::{self, Segment, SegmentFile};
+use crate::segment::{self, Segment};
 use crate::volume::Inner;
 
 /// How long a closed file may stay out of the catalog on disk.
@@ -228,7 +227,7 @@ pub(crate) fn rewrite(inner: &Inner, collection: &Collection, inputs: &[Arc<Part
     let files = |len| inner.disk.scratch(len);
     let place = if most as u64 <= inner.budget.rows_in_memory(&schema) { Place::Memory } else { Place::Files(&files) };
     let mut gathered;
-    let (mut readings, mut points) = (Vec::new(), Vec::with_capacity(most));
+    let (mut readings, mut files, mut points) = (Vec::new(), Vec::new(), Vec::with_capacity(most));
     let whole = match inputs {
         [part] => part.as_flat().filter(|flat| flat.len() == most),
         _ => None,
@@ -237,6 +236,7 @@ pub(crate) fn rewrite(inner: &Inner, collection: &Collection, inputs: &[Arc<Part
         // As they lie, all of them, also if their reading ends meanwhile.
         Some(flat) => {
             readings.extend(inputs.iter().flat_map(|part| part.readings()).cloned());
+            files.extend(inputs.iter().filter_map(|part| part.entry(0)));
             points.extend((0..most as u32).map(|row| (0, row)));
             flat.rows()
         }
@@ -246,16 +246,17 @@ pub(crate) fn rewrite(inner: &Inner, collection: &Collection, inputs: &[Arc<Part
             let mut bytes = Vec::new();
             for part in inputs {
                 let mut numbers = HashMap::new();
-                for (slot, reading, row) in part.live() {
+                for (slot, old, row) in part.live() {
                     // What ended, and was deleted, a moment ago can't be read.
                     if !part.index().read(slot, &mut bytes) {
                         continue;
                     }
                     let Some(to) = room.next() else { break };
                     to.copy_from_slice(&bytes);
-                    let number = *numbers.entry(Arc::as_ptr(reading)).or_insert_with(|| {
-                        readings.push(Arc::clone(reading));
-                        readings.len() as u32 - 1
+                    let number = *numbers.entry(old).or_insert_with(|| {
+                        readings.extend(part.reading(old).cloned());
+                        files.extend(part.entry(old));
+                        files.len() as u32 - 1
                     });
                     points.push((number, row));
                 }
@@ -269,8 +270,6 @@ pub(crate) fn rewrite(inner: &Inner, collection: &Collection, inputs: &[Arc<Part
         let threads = inner.options.threads;
         let built = build_in(place, &schema.space, rows, &schema.params, threads, &inner.stop)?;
         let Some(built) = built else { return Ok(false) };
-        let files: Vec<SegmentFile> =
-            readings.iter().map(|r| SegmentFile { file: r.file, generation: r.generation, rows: r.rows }).collect();
         let id = {
             let mut writer = inner.writer.lock();
             writer.meta.next_segment += 1;
@@ -334,11 +333,7 @@ fn retire_if_empty(inner: &Inner, collection: &Collection) -> io::Result<()> {
     }
     let _alone = inner.rewriting.lock();
     let mut writer = inner.writer.lock();
-    let in_use = inner
-        .tree
-        .read()
-        .files()
-        .any(|(_, row)| matches!(row.content, Content::Indexed { collection: id, .. } if id == collection.id));
+    let in_use = inner.tree.read().files().any(|row| row.state.collection() == Some(collection.id));
     if in_use {
         return Ok(());
     }

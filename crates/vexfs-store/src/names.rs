@@ -62,9 +62,9 @@ impl Volume {
         let mut tree = self.inner.tree.write();
         let known = tree.file(file).is_some();
         if tree.file(file.attached()).is_some() {
-            tree.add_link(file.attached(), link.clone());
+            tree.add_link(file.attached(), &link);
         }
-        tree.add_link(file, link);
+        tree.add_link(file, &link);
         self.inner.changed(&mut writer);
         !known
     }
@@ -81,9 +81,9 @@ impl Volume {
         let mut writer = self.inner.writer.lock();
         let mut tree = self.inner.tree.write();
         // Names of the file that are known because they are a vector file's.
-        let held = tree.file(file).map(|row| row.links.clone()).unwrap_or_default();
+        let held = tree.file(file).map(|row| row.links.to_vec()).unwrap_or_default();
         for link in links.into_iter().chain(held) {
-            tree.add_link(attached, link);
+            tree.add_link(attached, &link);
         }
         self.inner.changed(&mut writer);
     }
@@ -96,9 +96,7 @@ impl Volume {
         }
         let mut writer = self.inner.writer.lock();
         let mut tree = self.inner.tree.write();
-        if tree.remove_file(attached).is_some() {
-            self.end_reading(attached);
-        }
+        self.forget(&mut tree, attached);
         self.inner.changed(&mut writer);
     }
 
@@ -156,14 +154,14 @@ impl Volume {
             self.lose(&mut tree, replaced.attached(), &to);
         }
         if is {
-            tree.add_link(file, to.clone());
+            tree.add_link(file, &to);
         }
         if was {
             self.lose(&mut tree, file, from);
         }
         let attached = file.attached();
         if had || tree.file(attached).is_some() {
-            tree.add_link(attached, to);
+            tree.add_link(attached, &to);
             tree.remove_link(attached, from);
         }
         self.inner.changed(&mut writer);
@@ -177,7 +175,7 @@ impl Volume {
         for ((file, had, from), to) in [(&one, &other.2), (&other, &one.2)] {
             for (id, known) in [(*file, vectors), (file.attached(), *had)] {
                 if known || tree.file(id).is_some() {
-                    tree.add_link(id, to.clone());
+                    tree.add_link(id, to);
                     tree.remove_link(id, from);
                 }
             }
@@ -188,14 +186,14 @@ impl Volume {
     /// Takes a name away, and with the last one the row and its reading. Under the locks of writer and tree.
     fn lose(&self, tree: &mut Tree, file: FileId, link: &Link) {
         if tree.remove_link(file, link) {
-            tree.remove_file(file);
-            self.end_reading(file);
+            self.forget(tree, file);
         }
     }
 
-    /// Ends a file's reading for searches from now on. Under the writer's lock.
-    pub(crate) fn end_reading(&self, file: FileId) {
-        if let Some(reading) = self.inner.readings.lock().remove(&file) {
+    /// Takes a file's row away, and ends its reading for searches from now on. Under the locks of writer and tree.
+    fn forget(&self, tree: &mut Tree, file: FileId) {
+        let row = tree.remove_file(file);
+        if let Some(reading) = row.as_ref().and_then(|row| row.state.reading()) {
             let next = self.inner.version.load(Ordering::Acquire) + 1;
             reading.end(next);
             self.inner.version.store(next, Ordering::Release);

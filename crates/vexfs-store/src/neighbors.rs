@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 
-use crate::catalog::Content;
 use crate::id::FileId;
 use crate::search::{Candidate, Hit, Verdict, hit};
 use crate::volume::Volume;
@@ -13,13 +12,10 @@ impl Volume {
     /// the row is in no graph: pending, or among so few that they are always compared with.
     pub fn neighbors(&self, file: FileId, row: u32, scope: FileId, verdict: &mut Verdict<'_>) -> Option<Vec<Hit>> {
         let inner = &*self.inner;
-        let id = match self.content(file)?.1 {
-            Content::Indexed { collection, .. } => collection,
-            _ => return None,
-        };
+        let id = inner.tree.read().file(file)?.state.collection()?;
         let collection = inner.collections.read().get(&id).cloned()?;
         let (version, parts) = inner.snapshot(std::slice::from_ref(&collection));
-        let wanted = inner.readings.lock().get(&file).cloned().filter(|reading| reading.live_at(version))?;
+        let wanted = inner.reading(file).filter(|reading| reading.live_at(version))?;
         let (part, slot) =
             parts.iter().flat_map(|parts| parts.iter()).find_map(|part| Some((part, part.find(&wanted, row)?)))?;
         let metric = part.index().space().metric();

@@ -11,8 +11,8 @@ use std::time::Instant;
 use vexfs_index::{Explorer, Filter, Flat, Index, Mutable, Slot};
 
 use crate::id::{FileId, Generation};
-use crate::segment::{Segment, SegmentError};
-use crate::sync::{AtomicU64, Mutex, RwLock};
+use crate::segment::{Segment, SegmentError, SegmentFile};
+use crate::sync::{ArcSwapOption, AtomicU64, Mutex, RwLock};
 use crate::tree::Tree;
 
 /// The version of a reading that is not to be seen yet, or not to end yet.
@@ -22,29 +22,25 @@ const NEVER: u64 = u64::MAX;
 pub struct Reading {
     /// The file.
     pub file: FileId,
-    /// Which reading of it.
-    pub generation: Generation,
     /// How many rows.
     pub rows: u32,
-    /// When it was read.
-    pub at: Instant,
     born: AtomicU64,
     died: AtomicU64,
-    /// Counters of ended rows of the parts that hold this reading, and how many of its rows each has.
-    holders: Mutex<Vec<(Arc<AtomicU64>, u32)>>,
+    /// The counter of ended rows of the part that holds this reading. Whoever takes it out when the reading has ended
+    /// counts the rows. Of two parts it is the newer's: the older is about to go, and a search of it that meets a row
+    /// which has ended asks again with the filter.
+    ended_in: ArcSwapOption<AtomicU64>,
 }
 
 impl Reading {
     /// A reading that no search sees yet.
-    pub fn unborn(file: FileId, generation: Generation, rows: u32) -> Arc<Reading> {
+    pub fn unborn(file: FileId, rows: u32) -> Arc<Reading> {
         Arc::new(Reading {
             file,
-            generation,
             rows,
-            at: Instant::now(),
             born: AtomicU64::new(NEVER),
             died: AtomicU64::new(NEVER),
-            holders: Mutex::new(Vec::new()),
+            ended_in: ArcSwapOption::from_pointee(None),
         })
     }
 
@@ -55,24 +51,26 @@ impl Reading {
 
     /// Not seen by searches from `version` on.
     pub fn end(&self, version: u64) {
-        let holders = self.holders.lock();
-        if self.died.swap(version, Ordering::AcqRel) == NEVER {
-            for (ended, rows) in holders.iter() {
-                ended.fetch_add(u64::from(*rows), Ordering::AcqRel);
-            }
+        self.died.store(version, Ordering::Release);
+        self.count_ended();
+    }
+
+    /// Counts this reading's rows in `ended` from the moment that it ends, and no longer where they were counted before;
+    /// of one that has ended, `rows`: those that were taken along before it did.
+    fn count_in(&self, ended: &Arc<AtomicU64>, rows: u32) {
+        if self.ended() {
+            ended.fetch_add(u64::from(rows), Ordering::AcqRel);
+            return;
+        }
+        self.ended_in.store(Some(Arc::clone(ended)));
+        if self.ended() {
+            self.count_ended();
         }
     }
 
-    /// Counts so many of this reading's rows in `ended` from the moment that it ends (at once if it has).
-    fn count_in(&self, ended: &Arc<AtomicU64>, rows: u32) {
-        let mut holders = self.holders.lock();
-        // A counter that nobody else has belonged to a part that is gone.
-        holders.retain(|(holder, _)| Arc::strong_count(holder) > 1);
-        // One, or two while a segment takes another's place.
-        holders.reserve_exact(1);
-        holders.push((Arc::clone(ended), rows));
-        if self.ended() {
-            ended.fetch_add(u64::from(rows), Ordering::AcqRel);
+    fn count_ended(&self) {
+        if let Some(ended) = self.ended_in.swap(None) {
+            ended.fetch_add(u64::from(self.rows), Ordering::AcqRel);
         }
     }
 
@@ -91,13 +89,27 @@ struct Head {
     index: Mutable,
     /// By slot: number of the reading, row.
     points: boxcar::Vec<(u32, u32)>,
-    readings: boxcar::Vec<Arc<Reading>>,
+    readings: boxcar::Vec<Waiting>,
+}
+
+/// A reading that is in no segment yet.
+struct Waiting {
+    reading: Arc<Reading>,
+    generation: Generation,
+    /// Since when.
+    since: Instant,
+}
+
+impl Waiting {
+    fn new(reading: Arc<Reading>, generation: Generation) -> Waiting {
+        Waiting { reading, generation, since: Instant::now() }
+    }
 }
 
 enum Store {
     Head(Box<Head>),
-    Flat { index: Flat, reading: Arc<Reading> },
-    Sealed { segment: Box<Segment>, readings: Vec<Arc<Reading>> },
+    Flat { index: Flat, waiting: Waiting },
+    Sealed { segment: Box<Segment>, readings: Box<[Arc<Reading>]> },
 }
 
 /// See the module.
@@ -140,13 +152,13 @@ impl Part {
     }
 
     /// One file's rows, found by exact scan until a segment is built of them.
-    pub fn flat(index: Flat, reading: Arc<Reading>) -> Arc<Part> {
-        Part::new(Store::Flat { index, reading })
+    pub fn flat(index: Flat, reading: Arc<Reading>, generation: Generation) -> Arc<Part> {
+        Part::new(Store::Flat { index, waiting: Waiting::new(reading, generation) })
     }
 
     /// A segment; `readings` in the order of its files.
     pub fn sealed(segment: Segment, readings: Vec<Arc<Reading>>) -> Arc<Part> {
-        Part::new(Store::Sealed { segment: Box::new(segment), readings })
+        Part::new(Store::Sealed { segment: Box::new(segment), readings: readings.into_boxed_slice() })
     }
 
     /// The searchable index.
@@ -184,10 +196,10 @@ impl Part {
     }
 
     /// Appends a reading's rows to a head; `None` if this is no head. One caller at a time.
-    pub fn append(&self, reading: &Arc<Reading>, rows: &[u8]) -> Option<std::ops::Range<u32>> {
+    pub fn append(&self, reading: &Arc<Reading>, generation: Generation, rows: &[u8]) -> Option<std::ops::Range<u32>> {
         let Store::Head(head) = &self.store else { return None };
         let Head { index, points, readings } = &**head;
-        let number = readings.push(Arc::clone(reading)) as u32;
+        let number = readings.push(Waiting::new(Arc::clone(reading), generation)) as u32;
         reading.count_in(&self.ended, reading.rows);
         let first = points.count() as u32;
         for (row, bytes) in rows.chunks_exact(index.space().row_bytes()).enumerate() {
@@ -207,11 +219,33 @@ impl Part {
         }
     }
 
-    fn reading(&self, number: u32) -> Option<&Arc<Reading>> {
+    /// A reading by its number in this part.
+    pub fn reading(&self, number: u32) -> Option<&Arc<Reading>> {
+        match &self.store {
+            Store::Sealed { readings, .. } => readings.get(number as usize),
+            Store::Head(_) | Store::Flat { .. } => self.waiting(number).map(|waiting| &waiting.reading),
+        }
+    }
+
+    fn waiting(&self, number: u32) -> Option<&Waiting> {
         match &self.store {
             Store::Head(head) => head.readings.get(number as usize),
-            Store::Flat { reading, .. } => (number == 0).then_some(reading),
-            Store::Sealed { readings, .. } => readings.get(number as usize),
+            Store::Flat { waiting, .. } => (number == 0).then_some(waiting),
+            Store::Sealed { .. } => None,
+        }
+    }
+
+    /// What a segment that holds a reading says of it.
+    pub fn entry(&self, number: u32) -> Option<SegmentFile> {
+        match &self.store {
+            Store::Sealed { segment, readings } => {
+                // The file's number may be another than it was.
+                Some(SegmentFile { file: readings.get(number as usize)?.file, ..segment.file(number as usize)? })
+            }
+            Store::Head(_) | Store::Flat { .. } => {
+                let Waiting { reading, generation, .. } = self.waiting(number)?;
+                Some(SegmentFile { file: reading.file, generation: *generation, rows: reading.rows })
+            }
         }
     }
 
@@ -238,17 +272,17 @@ impl Part {
     /// Every reading of the part, by number.
     pub fn readings(&self) -> Box<dyn Iterator<Item = &Arc<Reading>> + '_> {
         match &self.store {
-            Store::Head(head) => Box::new(head.readings.iter().map(|(_, reading)| reading)),
-            Store::Flat { reading, .. } => Box::new(std::iter::once(reading)),
+            Store::Head(head) => Box::new(head.readings.iter().map(|(_, waiting)| &waiting.reading)),
+            Store::Flat { waiting, .. } => Box::new(std::iter::once(&waiting.reading)),
             Store::Sealed { readings, .. } => Box::new(readings.iter()),
         }
     }
 
-    /// Slots of the part whose reading has not ended: slot, reading, row.
-    pub fn live(&self) -> impl Iterator<Item = (Slot, &Arc<Reading>, u32)> {
+    /// Slots of the part whose reading has not ended: slot, number of the reading, row.
+    pub fn live(&self) -> impl Iterator<Item = (Slot, u32, u32)> {
         (0..self.index().len() as u32).filter_map(|slot| {
-            let (reading, row) = self.resolve(Slot(slot))?;
-            (!reading.ended()).then_some((Slot(slot), reading, row))
+            let (number, row) = self.point(Slot(slot))?;
+            (!self.reading(number)?.ended()).then_some((Slot(slot), number, row))
         })
     }
 
@@ -278,18 +312,19 @@ impl Part {
     pub fn pending(&self) -> u64 {
         match &self.store {
             Store::Head(head) => head.index.pending() as u64,
-            Store::Flat { reading, .. } if !reading.ended() => u64::from(reading.rows),
+            Store::Flat { waiting, .. } if !waiting.reading.ended() => u64::from(waiting.reading.rows),
             Store::Flat { .. } | Store::Sealed { .. } => 0,
         }
     }
 
-    /// When the oldest of the pending points was read.
+    /// Since when the oldest of the pending points has waited.
     pub fn oldest_pending(&self) -> Option<Instant> {
         match &self.store {
             Store::Head(head) if head.index.pending() > 0 => {
-                self.resolve(head.index.first_pending()).map(|(reading, _)| reading.at)
+                let (number, _) = self.point(head.index.first_pending())?;
+                self.waiting(number).map(|waiting| waiting.since)
             }
-            Store::Flat { reading, .. } if !reading.ended() => Some(reading.at),
+            Store::Flat { waiting, .. } if !waiting.reading.ended() => Some(waiting.since),
             _ => None,
         }
     }

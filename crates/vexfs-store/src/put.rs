@@ -12,6 +12,7 @@ use crate::error::PutError;
 use crate::id::{CollectionId, FileId, Generation};
 use crate::maintain;
 use crate::part::{Part, Reading};
+use crate::row::{Refusal, State};
 use crate::rows::Rows;
 use crate::schema::Config;
 use crate::volume::{Inner, SyncMode, Volume, Writer};
@@ -26,7 +27,7 @@ pub struct Target {
 impl Volume {
     /// The collection that the file's vectors belong to; made, completed or inferred anew if need be.
     pub fn prepare(&self, file: FileId, dimension: usize, element: Element) -> Result<Target, PutError> {
-        let dir = self.inner.tree.read().file(file).and_then(|row| row.links.first().map(|link| link.parent));
+        let dir = self.inner.tree.read().file(file).and_then(|row| row.links.iter().next().map(|link| link.parent));
         self.prepare_in(dir.unwrap_or(FileId::ROOT), file, dimension, element)
     }
 
@@ -53,7 +54,7 @@ impl Volume {
             Some(schema) => {
                 // What was inferred from vectors that are all gone (or are this file's) binds nobody.
                 let inferred = collection.row.lock().config.dimension.is_none();
-                let own = inner.readings.lock().get(&file).map_or(0, |reading| u64::from(reading.rows));
+                let own = inner.reading(file).map_or(0, |reading| u64::from(reading.rows));
                 if !inferred || collection.live_points() > own {
                     let error = VectorError::WrongDimension { got: dimension, want: schema.space.dim() };
                     return Err(PutError::Vector { row: 0, error });
@@ -93,22 +94,22 @@ impl Volume {
             writer.meta.next_generation += 1;
             Generation(writer.meta.next_generation)
         };
-        let reading = Reading::unborn(file, generation, count_u32);
+        let reading = Reading::unborn(file, count_u32);
         if count >= BULK_ROWS {
             let index = Flat::new(target.space, Arc::new(rows));
-            let part = Part::flat(index, Arc::clone(&reading));
+            let part = Part::flat(index, Arc::clone(&reading), generation);
             let _writer = inner.writer.lock();
             let mut parts = Vec::clone(&collection.parts.load());
             parts.push(part);
             inner.exchange_parts(collection, parts);
         } else {
             let link = inner.sync_mode() == SyncMode::Immediate;
-            inner.with_scratch(|scratch| collection.append(&reading, rows.bytes(), link, scratch));
+            inner.with_scratch(|scratch| collection.append(&reading, generation, rows.bytes(), link, scratch));
         }
 
         let mut writer = inner.writer.lock();
-        let content = Content::Indexed { collection: collection.id, generation, rows: count_u32 };
-        let published = inner.publish(&mut writer, file, fingerprint, content, Some(&reading));
+        let state = State::Indexed { collection: collection.id, generation, reading };
+        let published = inner.publish(&mut writer, file, fingerprint, state);
         if published && !inner.collections.read().contains_key(&collection.id) {
             // It had no points left, and went, while these were on their way.
             inner.collections.write().insert(collection.id, Arc::clone(collection));
@@ -122,21 +123,21 @@ impl Volume {
     /// The file has no vectors: it is empty.
     pub fn put_empty(&self, file: FileId, fingerprint: Fingerprint) {
         let mut writer = self.inner.writer.lock();
-        self.inner.publish(&mut writer, file, fingerprint, Content::Empty, None);
+        self.inner.publish(&mut writer, file, fingerprint, State::Empty);
     }
 
     /// The file can't be indexed, for `reason`; searches see none of its former vectors either.
     pub fn refuse(&self, file: FileId, fingerprint: Fingerprint, errno: i32, reason: String) {
         let mut writer = self.inner.writer.lock();
-        let content = Content::Refused { errno, reason };
-        self.inner.publish(&mut writer, file, fingerprint, content, None);
+        let state = State::Refused(Box::new(Refusal { errno, reason }));
+        self.inner.publish(&mut writer, file, fingerprint, state);
     }
 
     /// The next reading of the file finds it changed, whatever its times say.
     pub fn forget_fingerprint(&self, file: FileId) {
         let mut writer = self.inner.writer.lock();
         if let Some(row) = self.inner.tree.write().file_mut(file) {
-            row.fingerprint = Fingerprint::default();
+            row.fingerprint = Fingerprint::default().into();
             self.inner.changed(&mut writer);
         }
     }
@@ -147,30 +148,27 @@ impl Volume {
         let mut writer = self.inner.writer.lock();
         let mut tree = self.inner.tree.write();
         let Some(row) = tree.file_mut(file) else { return false };
-        let known = &mut row.fingerprint;
+        let known = row.fingerprint.get();
         let same = (known.size, known.mtime) == (fingerprint.size, fingerprint.mtime);
-        if !same || !matches!(row.content, Content::Indexed { .. }) {
+        if !same || !matches!(row.state, State::Indexed { .. }) {
             return false;
         }
-        *known = fingerprint;
+        row.fingerprint = fingerprint.into();
         self.inner.changed(&mut writer);
         true
     }
 
     /// What is known of a file.
     pub fn content(&self, file: FileId) -> Option<(Fingerprint, Content)> {
-        self.inner.tree.read().file(file).map(|row| (row.fingerprint, row.content.clone()))
+        self.inner.tree.read().file(file).map(|row| (row.fingerprint.get(), row.state.content()))
     }
 
     /// A vector that the volume holds, in full precision as stored (normalised under cosine).
     pub fn vector(&self, file: FileId, row: u32) -> Option<Vec<f32>> {
-        let id = match self.content(file)?.1 {
-            Content::Indexed { collection, .. } => collection,
-            _ => return None,
-        };
+        let id = self.inner.tree.read().file(file)?.state.collection()?;
         let collection = self.inner.collections.read().get(&id).cloned()?;
         let (version, parts) = self.inner.snapshot(std::slice::from_ref(&collection));
-        let wanted = self.inner.readings.lock().get(&file).cloned()?;
+        let wanted = self.inner.reading(file)?;
         for part in parts.iter().flat_map(|parts| parts.iter()) {
             let slot = part.find(&wanted, row);
             if let Some(slot) = slot.filter(|_| wanted.live_at(version)) {
@@ -223,17 +221,17 @@ impl Volume {
         let tree = self.inner.tree.read();
         let roots = self.inner.roots.read();
         tree.files()
-            .filter(|(file, _)| tree.in_scope(*file, dir))
-            .filter(|(_, row)| {
-                let Some(link) = row.links.first() else { return false };
+            .filter(|row| tree.in_scope(row.file, dir))
+            .filter(|row| {
+                let Some(link) = row.links.iter().next() else { return false };
                 let nearest = tree.ancestors(link.parent).iter().find_map(|dir| roots.get(dir).copied());
-                match row.content {
-                    Content::Indexed { collection, .. } => nearest != Some(collection),
-                    Content::Refused { .. } | Content::Unread => true,
-                    Content::Empty => false,
+                match row.state {
+                    State::Indexed { collection, .. } => nearest != Some(collection),
+                    State::Refused(_) | State::Unread => true,
+                    State::Empty => false,
                 }
             })
-            .map(|(file, _)| file)
+            .map(|row| row.file)
             .collect()
     }
 
@@ -308,41 +306,36 @@ impl Inner {
         Ok(())
     }
 
-    /// From one reading of a file to the next, in one version. Under the writer's lock. False (and `reading`
+    /// The live reading of a file.
+    pub(crate) fn reading(&self, file: FileId) -> Option<Arc<Reading>> {
+        self.tree.read().file(file)?.state.reading().cloned()
+    }
+
+    /// From one reading of a file to the next, in one version. Under the writer's lock. False (and the new reading
     /// never lives) if the file is gone or has a newer reading.
-    fn publish(
-        &self,
-        writer: &mut Writer,
-        file: FileId,
-        fingerprint: Fingerprint,
-        content: Content,
-        reading: Option<&Arc<Reading>>,
-    ) -> bool {
-        let mut readings = self.readings.lock();
+    fn publish(&self, writer: &mut Writer, file: FileId, fingerprint: Fingerprint, new: State) -> bool {
         let mut tree = self.tree.write();
-        let overtaken = match (readings.get(&file), reading) {
-            (Some(current), Some(new)) => current.generation > new.generation,
+        let overtaken = match (tree.file(file).map(|row| &row.state), &new) {
+            (Some(State::Indexed { generation: current, .. }), State::Indexed { generation, .. }) => {
+                current > generation
+            }
             _ => false,
         };
         let row = if overtaken { None } else { tree.file_mut(file) };
         let Some(row) = row else {
-            if let Some(reading) = reading {
+            if let Some(reading) = new.reading() {
                 reading.end(0);
             }
             return false;
         };
-        row.fingerprint = fingerprint;
-        row.content = content;
         let next = self.version.load(Ordering::Acquire) + 1;
-        let old = match reading {
-            Some(new) => {
-                new.bear(next);
-                readings.insert(file, Arc::clone(new))
-            }
-            None => readings.remove(&file),
-        };
-        if let Some(old) = old {
-            old.end(next);
+        if let Some(reading) = new.reading() {
+            reading.bear(next);
+        }
+        row.fingerprint = fingerprint.into();
+        let old = std::mem::replace(&mut row.state, new);
+        if let Some(reading) = old.reading() {
+            reading.end(next);
         }
         self.version.store(next, Ordering::Release);
         self.changed(writer);

@@ -23,7 +23,7 @@ pub type Locate = Arc<dyn Fn(&[u8], bool) -> Option<Located> + Send + Sync>;
 /// another size or modification time is to be read. Segments know their rows by generation and need nothing.
 pub fn rekey(rows: &mut Rows, locate: &dyn Fn(&[u8], bool) -> Option<Located>) {
     let files = std::mem::take(&mut rows.files);
-    let tree = Tree::new(files.clone(), std::mem::take(&mut rows.dirs));
+    let tree = Tree::of_names(&files, std::mem::take(&mut rows.dirs));
     let mut dirs: HashMap<FileId, FileId> = HashMap::from([(FileId::ROOT, FileId::ROOT)]);
     for (dir, _) in tree.dirs() {
         let now = tree.dir_path(dir, FileId::ROOT).and_then(|path| locate(&path, false));

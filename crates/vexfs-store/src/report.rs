@@ -6,10 +6,10 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use crate::catalog::Content;
 use crate::error::SearchError;
 use crate::id::FileId;
 use crate::part::Part;
+use crate::row::{LinkRef, State};
 use crate::volume::{SyncMode, Volume};
 
 /// State of a volume, or of a directory of it.
@@ -110,23 +110,24 @@ impl Volume {
         let tree = inner.tree.read();
         let mut files = FileCounts::default();
         let mut errors = Vec::new();
-        for (file, row) in tree.files() {
+        for row in tree.files() {
+            let file = row.file;
             if scope != FileId::ROOT && !tree.in_scope(file, scope) {
                 continue;
             }
-            match &row.content {
-                Content::Indexed { .. } if file.is_attached() => files.attached += 1,
-                Content::Indexed { .. } => files.indexed += 1,
-                Content::Empty => files.empty += 1,
-                Content::Unread => files.unread += 1,
-                Content::Refused { errno, reason } => {
+            match &row.state {
+                State::Indexed { .. } if file.is_attached() => files.attached += 1,
+                State::Indexed { .. } => files.indexed += 1,
+                State::Empty => files.empty += 1,
+                State::Unread => files.unread += 1,
+                State::Refused(refusal) => {
                     files.refused += 1;
                     if errors.len() < MAX_ERRORS {
                         let path = tree.paths(file, scope).into_iter().next().unwrap_or_default();
                         errors.push(FileError {
                             path: String::from_utf8_lossy(&path).into_owned(),
-                            errno: *errno,
-                            error: reason.clone(),
+                            errno: refusal.errno,
+                            error: refusal.reason.clone(),
                         });
                     }
                 }
@@ -203,7 +204,7 @@ impl Volume {
 
     /// Every file that is known, with its paths relative to the root: for a walk to find those that are gone.
     pub fn known_files(&self) -> Vec<FileId> {
-        self.inner.tree.read().files().map(|(file, _)| file).collect()
+        self.inner.tree.read().files().map(|row| row.file).collect()
     }
 
     /// Every directory that is known, but for the root.
@@ -215,7 +216,7 @@ impl Volume {
     pub fn barren_dirs(&self) -> Vec<FileId> {
         let tree = self.inner.tree.read();
         let mut held = HashSet::new();
-        for mut dir in tree.files().flat_map(|(_, row)| row.links.iter().map(|link| link.parent)) {
+        for mut dir in tree.files().flat_map(|row| row.links.iter().map(|link| link.parent)) {
             // Those above one that is held are.
             while held.insert(dir) {
                 let Some(above) = tree.dir(dir) else { break };
@@ -228,13 +229,14 @@ impl Volume {
     /// Files, and vectors attached to files, that have one of these names.
     pub fn files_named(&self, names: &HashSet<crate::catalog::Link>) -> Vec<FileId> {
         let tree = self.inner.tree.read();
-        let named = tree.files().filter(|(_, row)| row.links.iter().any(|link| names.contains(link)));
-        named.map(|(file, _)| file).collect()
+        let names: HashSet<LinkRef<'_>> = names.iter().map(LinkRef::from).collect();
+        let named = tree.files().filter(|row| row.links.iter().any(|link| names.contains(&link)));
+        named.map(|row| row.file).collect()
     }
 
     /// The file's links.
     pub fn links(&self, file: FileId) -> Vec<crate::catalog::Link> {
-        self.inner.tree.read().file(file).map(|row| row.links.clone()).unwrap_or_default()
+        self.inner.tree.read().file(file).map(|row| row.links.to_vec()).unwrap_or_default()
     }
 
     /// A file's paths relative to `scope`.

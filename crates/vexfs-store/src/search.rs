@@ -6,11 +6,12 @@ use std::time::Instant;
 
 use vexfs_index::{Effort, Metric, Neighbor, Request, VectorError};
 
-use crate::catalog::{Content, Fingerprint};
+use crate::catalog::Fingerprint;
 use crate::collection::Collection;
 use crate::error::SearchError;
 use crate::id::FileId;
 use crate::part::{Late, Part, PartFilter, View};
+use crate::row::Row;
 use crate::segment::SegmentError;
 use crate::volume::{Inner, Volume};
 
@@ -190,9 +191,8 @@ impl Inner {
     fn shows_any(&self, collection: &Collection, scope: FileId, verdict: &mut Verdict<'_>) -> bool {
         let files: Vec<FileId> = {
             let tree = self.tree.read();
-            let in_it =
-                |content: &Content| matches!(content, Content::Indexed { collection: id, .. } if *id == collection.id);
-            tree.files().filter(|(_, row)| in_it(&row.content)).map(|(file, _)| file).collect()
+            let in_it = |row: &&Row| row.state.collection() == Some(collection.id);
+            tree.files().filter(in_it).map(|row| row.file).collect()
         };
         files.into_iter().any(|file| self.permitted_path(file, scope, verdict).is_some())
     }
@@ -337,7 +337,7 @@ impl Inner {
     pub(crate) fn permitted_path(&self, file: FileId, scope: FileId, verdict: &mut Verdict<'_>) -> Option<Vec<u8>> {
         let (paths, fingerprint) = {
             let tree = self.tree.read();
-            (tree.paths(file, scope), tree.file(file)?.fingerprint)
+            (tree.paths(file, scope), tree.file(file)?.fingerprint.get())
         };
         paths.into_iter().find(|path| verdict(file, path, &fingerprint))
     }

@@ -233,14 +233,13 @@ impl Blocks<'_> {
 pub struct Segment {
     /// Its id.
     pub id: SegmentId,
-    /// The files whose vectors it holds.
-    pub files: Vec<SegmentFile>,
     /// The graph over the mapped bytes.
     pub index: Sealed,
     /// Bytes on disk.
     pub bytes: u64,
     /// What the copies of what walks read take of the budget, if there are any.
     pub(crate) copies: OnceLock<Share>,
+    files: Slice,
     points: Slice,
     vectors: Unproven,
 }
@@ -256,22 +255,15 @@ impl Segment {
         if index.len() != parsed.points {
             return Err(SegmentError::Malformed("the graph has another number of points"));
         }
-        let bytes = region.bytes();
-        let files = bytes[files]
-            .chunks_exact(FILE_ENTRY)
-            .map(|entry| SegmentFile {
-                file: FileId(u64_at(entry, 0)),
-                generation: Generation(u64_at(entry, 8)),
-                rows: u32_at(entry, 16),
-            })
-            .collect::<Vec<_>>();
+        let files = Slice { region: region.clone(), range: files };
+        let count = files.bytes().len() / FILE_ENTRY;
         let points = Slice { region: region.clone(), range: points };
-        if points.bytes().chunks_exact(POINT_ENTRY).any(|entry| u32_at(entry, 0) as usize >= files.len()) {
+        if points.bytes().chunks_exact(POINT_ENTRY).any(|entry| u32_at(entry, 0) as usize >= count) {
             return Err(SegmentError::Malformed("a point names a file that isn't listed"));
         }
-        let (bytes, row_bytes) = (bytes.len() as u64, parsed.space.row_bytes());
+        let (bytes, row_bytes) = (region.bytes().len() as u64, parsed.space.row_bytes());
         let vectors = Unproven::new(region, parsed.checksums, vectors, row_bytes);
-        Ok(Segment { id, files, index, bytes, copies: OnceLock::new(), points, vectors })
+        Ok(Segment { id, index, bytes, copies: OnceLock::new(), files, points, vectors })
     }
 
     /// Is it of this schema? A search would read rows of another length than they have.
@@ -292,11 +284,25 @@ impl Segment {
         self.vectors.prove_all(stop)
     }
 
-    /// Index into `files` and row of a slot.
+    /// The files whose vectors it holds.
+    pub fn files(&self) -> impl ExactSizeIterator<Item = SegmentFile> {
+        self.files.bytes().chunks_exact(FILE_ENTRY).map(file_of)
+    }
+
+    /// One of them.
+    pub fn file(&self, number: usize) -> Option<SegmentFile> {
+        self.files.bytes().get(number * FILE_ENTRY..(number + 1) * FILE_ENTRY).map(file_of)
+    }
+
+    /// Index into the files and row of a slot.
     pub fn point(&self, slot: usize) -> Option<(u32, u32)> {
         let entry = self.points.bytes().get(slot * POINT_ENTRY..(slot + 1) * POINT_ENTRY)?;
         Some((u32_at(entry, 0), u32_at(entry, 4)))
     }
+}
+
+fn file_of(entry: &[u8]) -> SegmentFile {
+    SegmentFile { file: FileId(u64_at(entry, 0)), generation: Generation(u64_at(entry, 8)), rows: u32_at(entry, 16) }
 }
 
 /// Blocks of full vectors, and which of them were found to be as they were written.

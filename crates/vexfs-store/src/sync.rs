@@ -77,6 +77,9 @@ mod shuttled {
         pub fn store(&self, value: Option<Arc<T>>) {
             *self.0.lock() = value;
         }
+        pub fn swap(&self, value: Option<Arc<T>>) -> Option<Arc<T>> {
+            std::mem::replace(&mut *self.0.lock(), value)
+        }
     }
 
     /// As arc_swap's: each operation is one step.

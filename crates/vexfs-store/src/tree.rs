@@ -4,21 +4,24 @@
 //! one row, whatever lies below.
 
 use std::collections::{BTreeSet, HashMap};
+use std::hash::{BuildHasher, RandomState};
 
-use crate::catalog::{Content, FileRow, Fingerprint, Link};
+use hashbrown::HashTable;
+
+use crate::catalog::{FileRow, Link};
 use crate::id::FileId;
+use crate::row::{LinkRef, Row};
 
 /// Deeper than any path that Linux can name; a walk up that is longer has met a loop.
 const MAX_DEPTH: usize = 4096;
 
-/// What a file of a name of usual length takes, its reading included; measured.
-const FILE_BYTES: u64 = 400;
+/// What a file of a short name takes, its reading included; `tests/footprint.rs` measures it.
+const FILE_BYTES: u64 = 200;
 
 /// The rows of files and directories, in memory, and which of them the catalog has not got yet.
 #[derive(Default)]
 pub struct Tree {
-    /// Boxed, so that making the table larger takes little.
-    files: HashMap<FileId, Box<FileRow>>,
+    files: Files,
     dirs: HashMap<FileId, Link>,
     /// Rows of attached vectors.
     attached: usize,
@@ -30,25 +33,35 @@ pub struct Tree {
 
 impl Tree {
     /// From the catalog's rows.
-    pub fn new(files: Vec<(FileId, FileRow)>, dirs: Vec<(FileId, Link)>) -> Tree {
-        let attached = files.iter().filter(|(file, _)| file.is_attached()).count();
-        let files = files.into_iter().map(|(id, row)| (id, Box::new(row))).collect();
-        Tree { files, dirs: dirs.into_iter().collect(), attached, ..Tree::default() }
+    pub fn new(rows: impl ExactSizeIterator<Item = Row>, dirs: Vec<(FileId, Link)>) -> Tree {
+        let mut tree = Tree { dirs: dirs.into_iter().collect(), ..Tree::default() };
+        tree.files.reserve(rows.len());
+        for row in rows {
+            tree.attached += usize::from(row.file.is_attached());
+            tree.files.insert(row);
+        }
+        tree
+    }
+
+    /// Of names alone.
+    pub fn of_names(files: &[(FileId, FileRow)], dirs: Vec<(FileId, Link)>) -> Tree {
+        let names = files.iter().map(|(file, row)| Row::unread(*file, row.links.iter().map(LinkRef::from).collect()));
+        Tree::new(names, dirs)
     }
 
     /// A file's row.
-    pub fn file(&self, file: FileId) -> Option<&FileRow> {
-        self.files.get(&file).map(|row| &**row)
+    pub fn file(&self, file: FileId) -> Option<&Row> {
+        self.files.get(file)
     }
 
     /// Bytes that the rows take in memory, with what else is kept of each file, about.
     pub fn bytes(&self) -> u64 {
-        (self.files.len() + self.dirs.len()) as u64 * FILE_BYTES
+        (self.files.rows.len() + self.dirs.len()) as u64 * FILE_BYTES
     }
 
     /// A file's row to change; it will be written.
-    pub fn file_mut(&mut self, file: FileId) -> Option<&mut FileRow> {
-        let row = self.files.get_mut(&file)?;
+    pub fn file_mut(&mut self, file: FileId) -> Option<&mut Row> {
+        let row = self.files.get_mut(file)?;
         self.dirty_files.insert(file);
         Some(row)
     }
@@ -59,8 +72,8 @@ impl Tree {
     }
 
     /// All files.
-    pub fn files(&self) -> impl Iterator<Item = (FileId, &FileRow)> {
-        self.files.iter().map(|(id, row)| (*id, &**row))
+    pub fn files(&self) -> impl Iterator<Item = &Row> {
+        self.files.rows.iter().map(|row| &**row)
     }
 
     /// All directories.
@@ -103,33 +116,28 @@ impl Tree {
     }
 
     /// Adds a name of a file, whose row is made if it isn't known yet. True if the name is news.
-    pub fn add_link(&mut self, file: FileId, link: Link) -> bool {
-        let attached = &mut self.attached;
-        let row = self.files.entry(file).or_insert_with(|| {
-            *attached += usize::from(file.is_attached());
-            Box::new(FileRow { links: Vec::new(), fingerprint: Fingerprint::default(), content: Content::Unread })
-        });
-        if row.links.contains(&link) {
-            return false;
+    pub fn add_link(&mut self, file: FileId, link: &Link) -> bool {
+        match self.files.get_mut(file) {
+            Some(row) if row.links.contains(link) => return false,
+            Some(row) => {
+                if !row.links.is_empty() {
+                    self.epoch += 1;
+                }
+                row.links.add(link);
+            }
+            None => {
+                self.attached += usize::from(file.is_attached());
+                self.files.insert(Row::unread(file, std::iter::once(link.into()).collect()));
+            }
         }
-        if !row.links.is_empty() {
-            self.epoch += 1;
-        }
-        // Nearly every file has one.
-        row.links.reserve_exact(1);
-        row.links.push(link);
         self.dirty_files.insert(file);
         true
     }
 
     /// Removes a name; true if it was the last one known, the row then stays for the caller to take away.
     pub fn remove_link(&mut self, file: FileId, link: &Link) -> bool {
-        let Some(row) = self.files.get_mut(&file) else { return false };
-        let before = row.links.len();
-        row.links.retain(|known| known != link);
-        if row.links.len() == before {
-            return false;
-        }
+        let Some(row) = self.files.get_mut(file).filter(|row| row.links.contains(link)) else { return false };
+        row.links.remove(link);
         let last = row.links.is_empty();
         self.epoch += 1;
         self.dirty_files.insert(file);
@@ -137,8 +145,8 @@ impl Tree {
     }
 
     /// Takes a file's row away.
-    pub fn remove_file(&mut self, file: FileId) -> Option<FileRow> {
-        let row = *self.files.remove(&file)?;
+    pub fn remove_file(&mut self, file: FileId) -> Option<Row> {
+        let row = self.files.remove(file)?;
         self.attached -= usize::from(file.is_attached());
         self.dirty_files.insert(file);
         self.epoch += 1;
@@ -179,7 +187,7 @@ impl Tree {
 
     /// Has the file a name below `scope`?
     pub fn in_scope(&self, file: FileId, scope: FileId) -> bool {
-        self.files.get(&file).is_some_and(|row| row.links.iter().any(|link| self.dir_in_scope(link.parent, scope)))
+        self.files.get(file).is_some_and(|row| row.links.iter().any(|link| self.dir_in_scope(link.parent, scope)))
     }
 
     /// A directory's path relative to `scope`; `None` if it isn't below.
@@ -200,7 +208,7 @@ impl Tree {
 
     /// Every path of a file relative to `scope`, as far as it has one there.
     pub fn paths(&self, file: FileId, scope: FileId) -> Vec<Vec<u8>> {
-        let Some(row) = self.files.get(&file) else { return Vec::new() };
+        let Some(row) = self.files.get(file) else { return Vec::new() };
         row.links
             .iter()
             .filter_map(|link| {
@@ -208,9 +216,41 @@ impl Tree {
                 if !path.is_empty() {
                     path.push(b'/');
                 }
-                path.extend_from_slice(&link.name);
+                path.extend_from_slice(link.name);
                 Some(path)
             })
             .collect()
+    }
+}
+
+/// Rows by file. A row has its key in it; boxed, so that a table that must have room takes little.
+#[derive(Default)]
+struct Files {
+    rows: HashTable<Box<Row>>,
+    hasher: RandomState,
+}
+
+impl Files {
+    fn get(&self, file: FileId) -> Option<&Row> {
+        self.rows.find(self.hasher.hash_one(file), |row| row.file == file).map(|row| &**row)
+    }
+
+    fn get_mut(&mut self, file: FileId) -> Option<&mut Row> {
+        self.rows.find_mut(self.hasher.hash_one(file), |row| row.file == file).map(|row| &mut **row)
+    }
+
+    /// Adds the row of a file that has none.
+    fn insert(&mut self, row: Row) {
+        let hash = self.hasher.hash_one(row.file);
+        self.rows.insert_unique(hash, Box::new(row), |row| self.hasher.hash_one(row.file));
+    }
+
+    fn remove(&mut self, file: FileId) -> Option<Row> {
+        let found = self.rows.find_entry(self.hasher.hash_one(file), |row| row.file == file).ok()?;
+        Some(*found.remove().0)
+    }
+
+    fn reserve(&mut self, more: usize) {
+        self.rows.reserve(more, |row| self.hasher.hash_one(row.file));
     }
 }

@@ -21,6 +21,7 @@ use crate::identity;
 use crate::maintain;
 use crate::part::{Part, Reading};
 use crate::rekey::{Locate, rekey};
+use crate::row::{LinkRef, Refusal, Row, State};
 use crate::schema::Schema;
 use crate::segment::{Segment, SegmentError};
 use crate::sync::{AtomicU64, Condvar, Mutex, RwLock, yield_now};
@@ -80,8 +81,6 @@ pub(crate) struct Inner {
     pub(crate) collections: RwLock<BTreeMap<CollectionId, Arc<Collection>>>,
     /// Which collection is rooted where.
     pub(crate) roots: RwLock<HashMap<FileId, CollectionId>>,
-    /// The live reading of each indexed file.
-    pub(crate) readings: Mutex<HashMap<FileId, Arc<Reading>>>,
     pub(crate) writer: Mutex<Writer>,
     /// Searches see what was born up to here.
     pub(crate) version: AtomicU64,
@@ -253,11 +252,11 @@ fn load(
     }
 
     // A generation is given once: it says whose rows these are, whatever number the file had then.
-    let generations: HashMap<Generation, FileId> = rows
+    let mut owners: HashMap<Generation, Owner> = rows
         .files
         .iter()
-        .filter_map(|(id, row)| match row.content {
-            Content::Indexed { generation, .. } => Some((generation, *id)),
+        .filter_map(|(file, row)| match row.content {
+            Content::Indexed { generation, .. } => Some((generation, Owner { file: *file, reading: None })),
             _ => None,
         })
         .collect();
@@ -272,7 +271,6 @@ fn load(
         }
         collections.insert(id, Collection::new(id, row, schema));
     }
-    let mut readings: HashMap<FileId, Arc<Reading>> = HashMap::new();
     for (id, collection) in rows.segments {
         let Some(collection) = collections.get(&collection) else {
             dirty_segments.insert(id, None);
@@ -285,7 +283,7 @@ fn load(
         });
         match opened {
             Ok(segment) => {
-                let part = revive(segment, &generations, &mut readings);
+                let part = revive(segment, &mut owners);
                 let mut parts = Vec::clone(&collection.parts.load());
                 parts.push(part);
                 collection.parts.store(Arc::new(parts));
@@ -297,19 +295,16 @@ fn load(
             }
         }
     }
-    for (id, row) in &mut rows.files {
-        let lost = match row.content {
-            Content::Unread => true,
-            Content::Indexed { rows, .. } => rows > 0 && !readings.contains_key(id),
-            Content::Empty | Content::Refused { .. } => false,
-        };
-        if lost {
-            row.content = Content::Unread;
-            recovery.unread.push(*id);
+    let files = rows.files.into_iter().map(|(file, row)| {
+        let links = row.links.iter().map(LinkRef::from).collect();
+        let state = state_of(file, row.content, &mut owners);
+        if matches!(state, State::Unread) {
+            recovery.unread.push(file);
         }
-    }
+        Row { file, links, fingerprint: row.fingerprint.into(), state }
+    });
     let (dirty_files, dirty_dirs) = (tree.dirty_files, tree.dirty_dirs);
-    tree = Tree::new(rows.files, rows.dirs);
+    tree = Tree::new(files, rows.dirs);
     tree.dirty_files = dirty_files;
     tree.dirty_dirs = dirty_dirs;
     let mut last_error =
@@ -332,7 +327,6 @@ fn load(
         tree: RwLock::new(tree),
         collections: RwLock::new(collections),
         roots: RwLock::new(roots),
-        readings: Mutex::new(readings),
         writer: Mutex::new(Writer { meta: rows.meta, source, dirty_collections, dirty_segments, changes: 1 }),
         version: AtomicU64::new(1),
         exchange: AtomicU64::new(0),
@@ -373,27 +367,46 @@ pub(crate) fn schema_of(row: &CollectionRow) -> Option<Schema> {
     row.config.complete(*dimension as usize, element.parse().ok()?).ok()
 }
 
+/// Whose rows those of a generation are, by the catalog, and the reading if a segment has them.
+struct Owner {
+    file: FileId,
+    reading: Option<Arc<Reading>>,
+}
+
 /// Tells which rows of a segment are live: those whose generation the catalog names.
-fn revive(
-    segment: Segment,
-    generations: &HashMap<Generation, FileId>,
-    live: &mut HashMap<FileId, Arc<Reading>>,
-) -> Arc<Part> {
+fn revive(segment: Segment, owners: &mut HashMap<Generation, Owner>) -> Arc<Part> {
     let readings = segment
-        .files
-        .iter()
+        .files()
         .map(|entry| {
-            let owner = generations.get(&entry.generation);
-            let reading = Reading::unborn(owner.copied().unwrap_or(entry.file), entry.generation, entry.rows);
+            let owner = owners.get_mut(&entry.generation);
+            let reading = Reading::unborn(owner.as_ref().map_or(entry.file, |owner| owner.file), entry.rows);
             reading.bear(0);
             match owner {
-                Some(file) => drop(live.insert(*file, Arc::clone(&reading))),
+                Some(owner) => owner.reading = Some(Arc::clone(&reading)),
                 None => reading.end(0),
             }
             reading
         })
         .collect();
     Part::sealed(segment, readings)
+}
+
+/// What a file's row comes to: it is to be read again if no segment has its rows.
+fn state_of(file: FileId, content: Content, owners: &mut HashMap<Generation, Owner>) -> State {
+    match content {
+        Content::Unread => State::Unread,
+        Content::Empty => State::Empty,
+        Content::Refused { errno, reason } => State::Refused(Box::new(Refusal { errno, reason })),
+        Content::Indexed { collection, generation, rows } => {
+            let owner = owners.get_mut(&generation).filter(|owner| owner.file == file);
+            let reading = owner.and_then(|owner| owner.reading.take());
+            // Of no rows there need be none.
+            match reading.or_else(|| (rows == 0).then(|| Reading::unborn(file, 0))) {
+                Some(reading) => State::Indexed { collection, generation, reading },
+                None => State::Unread,
+            }
+        }
+    }
 }
 
 impl Inner {
@@ -479,7 +492,7 @@ impl Inner {
         let changes = Changes {
             meta: writer.meta.clone(),
             source: writer.source.clone(),
-            files: files.into_iter().map(|id| (id, tree.file(id).cloned())).collect(),
+            files: files.into_iter().map(|id| (id, tree.file(id).map(Row::to_catalog))).collect(),
             dirs: dirs.into_iter().map(|id| (id, tree.dir(id).cloned())).collect(),
             collections: collections
                 .into_iter()
@@ -513,17 +526,16 @@ impl Inner {
         writer.dirty_segments.insert(segment.id, None);
         let mut lost = Vec::new();
         {
-            let mut readings = self.readings.lock();
             let mut tree = self.tree.write();
             let next = self.version.load(Ordering::Acquire) + 1;
             for reading in part.readings().filter(|reading| !reading.ended()) {
                 reading.end(next);
-                if readings.get(&reading.file).is_some_and(|current| Arc::ptr_eq(current, reading)) {
-                    readings.remove(&reading.file);
-                    if let Some(row) = tree.file_mut(reading.file) {
-                        row.content = Content::Unread;
-                        lost.push(reading.file);
-                    }
+                let current = tree.file(reading.file).and_then(|row| row.state.reading());
+                if current.is_some_and(|current| Arc::ptr_eq(current, reading))
+                    && let Some(row) = tree.file_mut(reading.file)
+                {
+                    row.state = State::Unread;
+                    lost.push(reading.file);
                 }
             }
             self.version.store(next, Ordering::Release);

@@ -35,7 +35,7 @@ pub struct MountArgs {
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
     /// Memory that the index may take, such as 64M or 2G: heads, what waits to be sealed, the catalog's pages, copies for
-    /// faster searches, builds. What a build needs more it keeps in a file of the state directory. Names, some 400 bytes a
+    /// faster searches, builds. What a build needs more it keeps in a file of the state directory. Names, some 200 bytes a
     /// file, take the place of copies, and are kept also where they are more [default: what is useful].
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     memory: Option<u64>,

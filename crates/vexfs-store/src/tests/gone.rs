@@ -49,8 +49,9 @@ fn of_a_file_that_ended_a_segment_counts_the_rows_that_it_has() {
     (0..3).for_each(|n| space.encode(&[n as f32, 1.0], &mut rows).unwrap());
     let params = Params::default();
     let built = build_in(Place::Memory, &space, &rows, &params, 1, &AtomicBool::new(false)).unwrap().unwrap();
-    let readings = [(10, 1_000), (11, 2)].map(|(file, rows)| Reading::unborn(FileId(file), Generation(file), rows));
-    let files = readings.each_ref().map(|r| SegmentFile { file: r.file, generation: r.generation, rows: r.rows });
+    let readings = [(10, 1_000), (11, 2)].map(|(file, rows)| Reading::unborn(FileId(file), rows));
+    let files =
+        readings.each_ref().map(|r| SegmentFile { file: r.file, generation: Generation(r.file.0), rows: r.rows });
     let points = [(0, 7), (1, 0), (1, 1)];
     let content = segment::Content { space, files: &files, points: &points, rows: &rows, built: &built };
     segment::write(&disk, SegmentId(1), &content).unwrap();
