@@ -4,6 +4,7 @@
 //! volume and dies at another, so a search that fixed its version sees a file's old vectors or its new ones,
 //! never both and never neither, and takes no lock for it.
 
+use std::cell::OnceCell;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -57,9 +58,9 @@ impl Reading {
 
     /// Counts this reading's rows in `ended` from the moment that it ends, and no longer where they were counted before;
     /// of one that has ended, `rows`: those that were taken along before it did.
-    fn count_in(&self, ended: &Arc<AtomicU64>, rows: u32) {
+    fn count_in(&self, ended: &Arc<AtomicU64>, rows: impl FnOnce() -> u32) {
         if self.ended() {
-            ended.fetch_add(u64::from(rows), Ordering::AcqRel);
+            ended.fetch_add(u64::from(rows()), Ordering::AcqRel);
             return;
         }
         self.ended_in.store(Some(Arc::clone(ended)));
@@ -133,17 +134,23 @@ struct ScopeBits {
 impl Part {
     fn new(store: Store) -> Arc<Part> {
         let part = Part { store, ended: Arc::default(), scope: Mutex::new(None) };
-        // Of a reading that ended while its rows were gathered some are here.
-        let mut held = vec![0; part.readings().count()];
-        for (number, _) in (0..part.index().len() as u32).filter_map(|slot| part.point(Slot(slot))) {
+        let held = OnceCell::new();
+        for (number, reading) in part.readings().enumerate() {
+            // Of a reading that ended while its rows were gathered some are here.
+            reading.count_in(&part.ended, || held.get_or_init(|| part.held())[number]);
+        }
+        Arc::new(part)
+    }
+
+    /// How many of each reading's rows there are.
+    fn held(&self) -> Vec<u32> {
+        let mut held = vec![0; self.readings().count()];
+        for (number, _) in (0..self.index().len() as u32).filter_map(|slot| self.point(Slot(slot))) {
             if let Some(rows) = held.get_mut(number as usize) {
                 *rows += 1;
             }
         }
-        for (reading, rows) in part.readings().zip(held) {
-            reading.count_in(&part.ended, rows);
-        }
-        Arc::new(part)
+        held
     }
 
     /// An empty head.
@@ -200,7 +207,7 @@ impl Part {
         let Store::Head(head) = &self.store else { return None };
         let Head { index, points, readings } = &**head;
         let number = readings.push(Waiting::new(Arc::clone(reading), generation)) as u32;
-        reading.count_in(&self.ended, reading.rows);
+        reading.count_in(&self.ended, || reading.rows);
         let first = points.count() as u32;
         for (row, bytes) in rows.chunks_exact(index.space().row_bytes()).enumerate() {
             // The table first: a slot that a search finds has its entry.
