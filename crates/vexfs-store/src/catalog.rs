@@ -136,6 +136,13 @@ pub struct Rows {
     pub segments: Vec<(SegmentId, CollectionId)>,
 }
 
+impl Rows {
+    /// Has nothing been committed yet? No segment is older than the first commit.
+    pub fn never_written(&self) -> bool {
+        self.source.is_none()
+    }
+}
+
 /// Rows to write; `None` removes the row.
 #[derive(Default)]
 pub struct Changes {

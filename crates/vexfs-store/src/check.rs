@@ -94,7 +94,7 @@ pub fn check(disk: &dyn Disk, repair: bool) -> Result<Checked, OpenError> {
             if catalog.repaired() {
                 checked.note(catalog::FILE, "redb went back to its last sound state");
             }
-            let lost = rows.source.is_none();
+            let lost = rows.never_written();
             let changes = look(disk, rows, &mut checked);
             match repair && checked.has_errors() {
                 true if lost => {
@@ -157,7 +157,7 @@ fn look(disk: &dyn Disk, rows: Rows, checked: &mut Checked) -> Changes {
         checked.error(format!("collection {}", id.0), "its number has not been given out yet");
         changes.meta.next_collection = changes.meta.next_collection.max(id.0);
     }
-    let never_written = rows.source.is_none();
+    let never_written = rows.never_written();
     let named: HashSet<String> = rows.segments.iter().map(|(id, _)| id.path()).collect();
     let mut owners: HashMap<Generation, FileId> = HashMap::new();
     for (id, row) in &rows.files {

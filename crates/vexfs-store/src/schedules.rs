@@ -34,17 +34,7 @@ fn explore(name: &str, body: impl Fn() + Send + Sync + Copy + 'static) {
 }
 
 fn volume() -> Arc<Volume> {
-    let options = Options {
-        sync: SyncMode::Lazy,
-        root_inode: 2,
-        root_born: 0,
-        locate: None,
-        threads: 1,
-        memory: None,
-        boot: String::new(),
-        sync_source: None,
-    };
-    Arc::new(Volume::open_still(Arc::new(MemDisk::default()), options).unwrap().0)
+    Arc::new(Volume::open_still(Arc::new(MemDisk::default()), Options::new(SyncMode::Lazy)).unwrap().0)
 }
 
 fn link(name: u64) -> Link {

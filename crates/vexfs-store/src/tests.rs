@@ -16,8 +16,7 @@ use crate::disk::{DirDisk, Disk, Fault, MemDisk, write_small};
 use crate::*;
 
 fn options(sync: SyncMode) -> Options {
-    let boot = "one".to_owned();
-    Options { sync, root_inode: 2, root_born: 9, locate: None, threads: 2, memory: None, boot, sync_source: None }
+    Options { root_born: 9, threads: 2, boot: "one".to_owned(), ..Options::new(sync) }
 }
 
 fn link(name: &str) -> Link {
@@ -33,8 +32,12 @@ fn open(disk: &MemDisk) -> Result<(Volume, Recovery), OpenError> {
 }
 
 fn put(volume: &Volume, file: u64, name: &str, rows: &[&[f32]]) {
+    put_link(volume, file, link(name), rows);
+}
+
+fn put_link(volume: &Volume, file: u64, link: Link, rows: &[&[f32]]) {
     let file = FileId(file);
-    volume.link(file, link(name));
+    volume.link(file, link);
     let target = volume.prepare(file, rows[0].len(), Element::F32).unwrap();
     let mut bytes = Vec::new();
     rows.iter().for_each(|row| target.space.encode(row, &mut bytes).unwrap());

@@ -62,6 +62,22 @@ pub struct Options {
     pub sync_source: Option<SyncSource>,
 }
 
+impl Options {
+    /// For measures and tests, of a source of which only a root is told: one core for builds, as much memory as is useful.
+    pub fn new(sync: SyncMode) -> Options {
+        Options {
+            sync,
+            root_inode: 2,
+            root_born: 0,
+            locate: None,
+            threads: 1,
+            memory: None,
+            boot: String::new(),
+            sync_source: None,
+        }
+    }
+}
+
 pub(crate) struct Writer {
     pub(crate) meta: Meta,
     pub(crate) source: SourceMark,
@@ -147,11 +163,11 @@ impl Volume {
         }
         let uuid = identity::open(&*disk)?;
         let (catalog, rows) = Catalog::open(&*disk, Budget::new(options.memory).cache)?;
-        let new = rows.source.is_none();
+        let new = rows.never_written();
         let mut recovery = Recovery::default();
         let inner = Arc::new(load(disk, options, uuid, catalog, rows, &mut recovery)?);
         if new {
-            // No segment is older than the first commit: a catalog without one, beside segments, was lost.
+            // So that a catalog without a commit, beside segments, is one that was lost.
             inner.commit().map_err(|error| OpenError::Catalog(error.to_string()))?;
         }
         Ok((Volume { inner, threads: Vec::new() }, recovery))
@@ -221,7 +237,7 @@ fn load(
     let mut dirty_segments = BTreeMap::new();
     let mut dirty_collections = BTreeSet::new();
     let mut tree = Tree::default();
-    let new = rows.source.is_none();
+    let new = rows.never_written();
     let mut source = rows.source.take().unwrap_or_default();
     let born = |known: i128| known != 0 && options.root_born != 0 && known != options.root_born;
     let copied = rows.meta.root_inode != 0 && rows.meta.root_inode != options.root_inode || born(source.root_born);

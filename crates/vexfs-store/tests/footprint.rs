@@ -44,17 +44,8 @@ unsafe impl GlobalAlloc for Counting {
 static ALLOCATOR: Counting = Counting;
 
 fn open(dir: &Path) -> Volume {
-    let options = Options {
-        sync: SyncMode::Lazy,
-        root_inode: 2,
-        root_born: 0,
-        locate: None,
-        threads: 1,
-        // No copies of segments, and the fewest of the catalog's pages.
-        memory: Some(1 << 20),
-        boot: String::new(),
-        sync_source: None,
-    };
+    // No copies of segments, and the fewest of the catalog's pages.
+    let options = Options { memory: Some(1 << 20), ..Options::new(SyncMode::Lazy) };
     let fd = std::fs::File::open(dir).unwrap();
     Volume::open(Arc::new(DirDisk::new(fd.into())), options).unwrap().0
 }

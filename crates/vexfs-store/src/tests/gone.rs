@@ -16,11 +16,8 @@ fn at(dir: u64, name: &str) -> Link {
 }
 
 fn put_at(volume: &Volume, dir: u64, file: u64, rows: &[f32], dimension: usize) {
-    volume.link(FileId(file), at(dir, &format!("{file}.npy")));
-    let target = volume.prepare(FileId(file), dimension, Element::F32).unwrap();
-    let mut bytes = Vec::new();
-    rows.chunks_exact(dimension).for_each(|row| target.space.encode(row, &mut bytes).unwrap());
-    volume.put(FileId(file), print(file), &target, bytes).unwrap();
+    let rows: Vec<&[f32]> = rows.chunks_exact(dimension).collect();
+    put_link(volume, file, at(dir, &format!("{file}.npy")), &rows);
 }
 
 /// Makes a segment of what a collection of this directory waits to have sealed.

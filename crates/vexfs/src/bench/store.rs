@@ -64,16 +64,8 @@ enum What {
 }
 
 fn options(sync: SyncMode, memory: Option<u64>) -> Options {
-    Options {
-        sync,
-        root_inode: 2,
-        root_born: 0,
-        locate: None,
-        threads: std::thread::available_parallelism().map_or(1, usize::from),
-        memory,
-        boot: String::new(),
-        sync_source: None,
-    }
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    Options { threads, memory, ..Options::new(sync) }
 }
 
 fn open(dir: &Path, sync: SyncMode, memory: Option<u64>) -> Result<Volume, String> {
