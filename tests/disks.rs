@@ -134,3 +134,33 @@ fn past_a_quota_searches_go_on_and_writes_resume() {
     // Btrfs counts quotas by itself; those of ext4 and XFS need a kernel that was built with them.
     a_full_disk("btrfs", 160, Errno::DQUOT);
 }
+
+/// A large file's rows wait for their segment on the disk where memory is short. Of one that there is no room for the status
+/// says so, and it is found when there is room, though nobody touches it.
+#[test]
+fn a_file_that_the_state_directory_has_no_room_for_is_indexed_when_it_has() {
+    if skip(!is_root(), "a file system of its own needs root") {
+        return;
+    }
+    let state = tempfile::tempdir().unwrap();
+    let Some(v) = Volume::unmounted(&["--memory", "3M", "--state", state.path().to_str().unwrap()]) else { return };
+    let Some(_disk) = SmallDisk::new("ext4", 24, &v.dir.path().join("image"), state.path()) else { return };
+    v.mount();
+    v.write("small.vec", text(&Random(6).vector(64)));
+    let filler = state.path().join("filler");
+    fs::write(&filler, vec![1u8; 15 << 20]).unwrap();
+    let mut random = Random(7);
+    let rows: Vec<Vec<f32>> = (0..40_000).map(|_| random.vector(64)).collect();
+    v.write("large.npy", npy(&rows));
+    let (errno, reason) = v.error_of("large.npy").unwrap();
+    assert_eq!(errno, i64::from(Errno::NOSPC.raw_os_error()), "{reason}");
+    assert_eq!(v.near("", &rows[7], 1), ["small.vec"]);
+    fs::remove_file(&filler).unwrap();
+    for _ in 0..150 {
+        if v.near("", &rows[7], 1) == ["large.npy"] {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(200));
+    }
+    panic!("{:?}", v.error_of("large.npy"));
+}

@@ -54,6 +54,8 @@ pub struct Ingest {
     pub beneath: Mutex<&'static str>,
     /// A file that was to be read was under none of its names: no answer is whole before the walk.
     lost: AtomicBool,
+    /// Files that wait for room in the state directory.
+    no_room: Mutex<Vec<FileId>>,
     /// Shared by who moves a directory through the mount, until the volume knows where it is. Taken before the volume's
     /// locks, or not waited for.
     pub moving: RwLock<()>,
@@ -92,6 +94,7 @@ impl Ingest {
             walked: AtomicBool::new(false),
             beneath: Mutex::new("walking"),
             lost: AtomicBool::new(false),
+            no_room: Mutex::new(Vec::new()),
             moving: RwLock::new(()),
         }
     }
@@ -224,7 +227,11 @@ impl Ingest {
                 Err(_) if !same => continue,
                 Err(_) if when == When::Quiet && (self.being_written)(file) => return Ok(()),
                 Err(refusal) => {
-                    self.volume.refuse(file, before, refusal.errno.raw_os_error(), refusal.reason.clone());
+                    let print = if refusal.is_no_room() { Fingerprint::default() } else { before };
+                    self.volume.refuse(file, print, refusal.errno.raw_os_error(), refusal.reason.clone());
+                    if refusal.is_no_room() {
+                        self.no_room.lock().push(file);
+                    }
                 }
                 Ok(()) if is_config(&link) => self.volume.put_empty(file, before),
                 Ok(()) => {}
@@ -267,7 +274,7 @@ impl Ingest {
         let shape = vectors.shape();
         let target = self.volume.prepare(file, shape.dimension, shape.element)?;
         vectors.encoded_bytes(&target.space)?;
-        let mut rows = self.volume.rows(&target, shape.rows);
+        let mut rows = self.volume.rows(&target, shape.rows)?;
         vectors.encode_each(&target.space, &mut |row| rows.push(row))?;
         if !leave() {
             self.volume.put(file, before, &target, rows)?;
@@ -294,6 +301,13 @@ impl Ingest {
             if !of_config {
                 self.reread(file);
             }
+        }
+    }
+
+    /// Reads what there was no room for.
+    pub fn read_what_had_no_room(&self) {
+        for file in std::mem::take(&mut *self.no_room.lock()) {
+            self.read_known(file, When::Quiet);
         }
     }
 

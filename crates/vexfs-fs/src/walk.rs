@@ -25,6 +25,8 @@ pub const RESERVED: &str = ".vexfs";
 const AGAIN: Duration = Duration::from_secs(300);
 /// How soon files of a segment that was given up are read again.
 const REREAD_EVERY: Duration = Duration::from_millis(200);
+/// How often files are tried that the state directory had no room for.
+const ROOM_EVERY: Duration = Duration::from_secs(2);
 
 struct Folder {
     path: Vec<u8>,
@@ -103,12 +105,17 @@ impl<'a> Walker<'a> {
         let mut began = Instant::now();
         self.walk();
         let (mut ended, mut took) = (Instant::now(), began.elapsed());
+        let mut tried = Instant::now();
         while !self.stop.is_set() {
             self.watch.wait(self.stop, REREAD_EVERY);
             self.watch.drain();
             self.look_again();
             for file in self.ingest.volume.take_unread() {
                 self.ingest.read_known(file, When::Quiet);
+            }
+            if tried.elapsed() > ROOM_EVERY {
+                self.ingest.read_what_had_no_room();
+                tried = Instant::now();
             }
             // On a machine so busy that events get lost again and again, walks have a tenth of the time.
             let lost = self.watch.has_lost() && ended.elapsed() > 9 * took;

@@ -32,7 +32,8 @@ impl Volume {
         }
         inner.wake();
         while pending(inner) > 0 {
-            if inner.failures.load(Ordering::Acquire) != before {
+            let tended = inner.tended.load(Ordering::Acquire);
+            if !tended || inner.failures.load(Ordering::Acquire) != before {
                 return Err(failed(inner.last_error.lock().clone().unwrap_or_default()));
             }
             std::thread::sleep(STEP);

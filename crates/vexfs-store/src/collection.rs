@@ -58,8 +58,8 @@ impl Collection {
         self.parts.load().first().cloned()
     }
 
-    /// Appends a reading's rows to the head. With `link`, or where too many points are pending, they are in its
-    /// graph when this returns.
+    /// Appends a reading's rows to the head, and returns the bytes of memory by which it grew. With `link`, or where too
+    /// many points are pending, they are in its graph when this returns.
     pub fn append(
         &self,
         reading: &Arc<Reading>,
@@ -67,12 +67,14 @@ impl Collection {
         rows: &[u8],
         link: bool,
         scratch: &mut Scratch,
-    ) {
-        let (head, slots) = {
+    ) -> usize {
+        let (head, slots, grown) = {
             let _appending = self.append.lock();
-            let Some(head) = self.head() else { return };
-            let Some(slots) = head.append(reading, generation, rows) else { return };
-            (head, slots)
+            let Some(head) = self.head() else { return 0 };
+            let before = head.waiting_bytes();
+            let Some(slots) = head.append(reading, generation, rows) else { return 0 };
+            let grown = head.waiting_bytes() - before;
+            (head, slots, grown)
         };
         if let Some(index) = head.as_head()
             && (link || index.pending() > MAX_PENDING)
@@ -81,6 +83,7 @@ impl Collection {
                 index.link(vexfs_index::Slot(slot), scratch);
             }
         }
+        grown
     }
 
     /// Is the head large enough to be sealed: by its points, or by these bytes?

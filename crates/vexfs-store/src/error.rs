@@ -65,6 +65,16 @@ pub enum PutError {
     /// More rows or bytes than a file may bring.
     #[error("{0}")]
     TooLarge(String),
+    /// There is no room in the state directory for the rows on their way to their segment; `errno` is the system's word.
+    #[error("no room for {bytes} bytes of rows on their way to the index: {message}")]
+    Room {
+        /// Bytes that were wanted.
+        bytes: usize,
+        /// The system's error number, EIO where it gave none.
+        errno: i32,
+        /// In words.
+        message: String,
+    },
 }
 
 /// A search could not be answered.

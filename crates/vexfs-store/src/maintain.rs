@@ -35,7 +35,10 @@ pub(crate) const SEAL_AT_CLOSE: u64 = 4_096;
 pub fn start(inner: &Arc<Inner>) -> io::Result<Vec<JoinHandle<()>>> {
     let thread = |name: &str, body: fn(&Inner)| {
         let inner = Arc::clone(inner);
-        Builder::new().name(name.to_owned()).spawn(move || body(&inner))
+        Builder::new().name(name.to_owned()).spawn(move || {
+            let _watched = Watched(&inner);
+            body(&inner);
+        })
     };
     Ok(vec![
         thread("vexfs-link", link_loop)?,
@@ -43,6 +46,23 @@ pub fn start(inner: &Arc<Inner>) -> io::Result<Vec<JoinHandle<()>>> {
         thread("vexfs-commit", commit_loop)?,
         thread("vexfs-verify", verify_all)?,
     ])
+}
+
+/// Tells of a thread that panics: nobody may wait for it. It isn't started again, as what it was changing may be half
+/// changed.
+struct Watched<'a>(&'a Inner);
+
+impl Drop for Watched<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let name = std::thread::current().name().unwrap_or_default().to_owned();
+            self.0.tended.store(false, Ordering::Release);
+            self.0.failures.fetch_add(1, Ordering::AcqRel);
+            self.0.note(format!(
+                "{name} panicked: nothing is sealed or committed behind until the volume is opened again"
+            ));
+        }
+    }
 }
 
 fn stopping(inner: &Inner) -> bool {
@@ -143,6 +163,25 @@ fn seal_loop(inner: &Inner) {
 pub(crate) fn freeze_full_head(inner: &Inner, collection: &Collection) {
     if collection.head_is_full(inner.budget.head) {
         freeze_if(inner, collection, || collection.head_is_full(inner.budget.head));
+    }
+}
+
+/// While all heads together are too large the largest make room for new ones.
+pub(crate) fn freeze_largest_heads(inner: &Inner) {
+    let bytes = |collection: &Collection| collection.head().map_or(0, |head| head.waiting_bytes());
+    let mut heads: Vec<(usize, Arc<Collection>)> =
+        inner.collections.read().values().map(|collection| (bytes(collection), Arc::clone(collection))).collect();
+    let mut sum: usize = heads.iter().map(|(bytes, _)| bytes).sum();
+    if sum <= inner.budget.heads {
+        return;
+    }
+    heads.sort_unstable_by_key(|(bytes, _)| *bytes);
+    while sum > inner.budget.heads
+        && let Some((size, collection)) = heads.pop()
+    {
+        // Unless somebody has done so meanwhile.
+        freeze_if(inner, &collection, || bytes(&collection) >= size);
+        sum -= size;
     }
 }
 

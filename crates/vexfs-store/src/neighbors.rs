@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use crate::id::FileId;
+use crate::put::Standing;
 use crate::search::{Candidate, Hit, Verdict, hit};
 use crate::volume::Volume;
 
@@ -12,12 +13,8 @@ impl Volume {
     /// the row is in no graph: pending, or among so few that they are always compared with.
     pub fn neighbors(&self, file: FileId, row: u32, scope: FileId, verdict: &mut Verdict<'_>) -> Option<Vec<Hit>> {
         let inner = &*self.inner;
-        let id = inner.tree.read().file(file)?.state.collection()?;
-        let collection = inner.collections.read().get(&id).cloned()?;
-        let (version, parts) = inner.snapshot(std::slice::from_ref(&collection));
-        let wanted = inner.reading(file).filter(|reading| reading.live_at(version))?;
-        let (part, slot) =
-            parts.iter().flat_map(|parts| parts.iter()).find_map(|part| Some((part, part.find(&wanted, row)?)))?;
+        let Standing { version, parts, reading, .. } = inner.standing(file)?;
+        let (part, slot) = parts.iter().find_map(|part| Some((part, part.find(&reading, row)?)))?;
         let metric = part.index().space().metric();
         let linked = part.explore().map(|graph| graph.neighbours(slot, 0)).unwrap_or_default();
         let mut paths: HashMap<FileId, Option<Vec<u8>>> = HashMap::new();

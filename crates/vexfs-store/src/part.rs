@@ -301,10 +301,10 @@ impl Part {
         }
     }
 
-    /// Bytes of the points of what is no segment.
+    /// Bytes of memory that the points of what is no segment take.
     pub fn waiting_bytes(&self) -> usize {
         match &self.store {
-            Store::Head(head) => head.index.len() * head.index.point_bytes(),
+            Store::Head(head) => head.index.bytes(),
             Store::Flat { index, .. } => index.len() * index.space().row_bytes(),
             Store::Sealed { .. } => 0,
         }

@@ -24,6 +24,14 @@ pub struct Target {
     pub space: Space,
 }
 
+/// A file's reading at a version at which it lives, with the parts that its collection then has.
+pub(crate) struct Standing {
+    pub(crate) collection: Arc<Collection>,
+    pub(crate) version: u64,
+    pub(crate) parts: Arc<Vec<Arc<Part>>>,
+    pub(crate) reading: Arc<Reading>,
+}
+
 impl Volume {
     /// The collection that the file's vectors belong to; made, completed or inferred anew if need be.
     pub fn prepare(&self, file: FileId, dimension: usize, element: Element) -> Result<Target, PutError> {
@@ -88,7 +96,7 @@ impl Volume {
             .map_err(|_| PutError::TooLarge(format!("{count} rows are more than a file may bring")))?;
         // By the writer too, as the thread that seals may be at a build: a head is never much larger than it may be.
         maintain::freeze_full_head(inner, collection);
-        inner.wait_for_room(collection);
+        inner.make_room();
         let generation = {
             let mut writer = inner.writer.lock();
             writer.meta.next_generation += 1;
@@ -100,11 +108,14 @@ impl Volume {
             let part = Part::flat(index, Arc::clone(&reading), generation);
             let _writer = inner.writer.lock();
             let mut parts = Vec::clone(&collection.parts.load());
+            inner.came.fetch_add(part.waiting_bytes(), Ordering::AcqRel);
             parts.push(part);
             inner.exchange_parts(collection, parts);
         } else {
             let link = inner.sync_mode() == SyncMode::Immediate;
-            inner.with_scratch(|scratch| collection.append(&reading, generation, rows.bytes(), link, scratch));
+            let grown =
+                inner.with_scratch(|scratch| collection.append(&reading, generation, rows.bytes(), link, scratch));
+            inner.came.fetch_add(grown, Ordering::AcqRel);
         }
 
         let mut writer = inner.writer.lock();
@@ -165,24 +176,16 @@ impl Volume {
 
     /// A vector that the volume holds, in full precision as stored (normalised under cosine).
     pub fn vector(&self, file: FileId, row: u32) -> Option<Vec<f32>> {
-        let id = self.inner.tree.read().file(file)?.state.collection()?;
-        let collection = self.inner.collections.read().get(&id).cloned()?;
-        let (version, parts) = self.inner.snapshot(std::slice::from_ref(&collection));
-        let wanted = self.inner.reading(file)?;
-        for part in parts.iter().flat_map(|parts| parts.iter()) {
-            let slot = part.find(&wanted, row);
-            if let Some(slot) = slot.filter(|_| wanted.live_at(version)) {
-                if let Err(error) = part.trust(slot) {
-                    self.inner.quarantine(&collection, part, &error);
-                    return None;
-                }
-                let (mut bytes, mut vector) = (Vec::new(), Vec::new());
-                let held = part.index().read(slot, &mut bytes);
-                part.index().space().decode(&bytes, &mut vector);
-                return held.then_some(vector);
-            }
+        let Standing { collection, parts, reading, .. } = self.inner.standing(file)?;
+        let (part, slot) = parts.iter().find_map(|part| Some((part, part.find(&reading, row)?)))?;
+        if let Err(error) = part.trust(slot) {
+            self.inner.quarantine(&collection, part, &error);
+            return None;
         }
-        None
+        let (mut bytes, mut vector) = (Vec::new(), Vec::new());
+        let held = part.index().read(slot, &mut bytes);
+        part.index().space().decode(&bytes, &mut vector);
+        held.then_some(vector)
     }
 
     /// Declares a collection at `dir` by a `.vexfs.toml`, or takes the declaration back. Returns the files whose
@@ -251,18 +254,27 @@ impl Volume {
 const ROOM_STEP: Duration = Duration::from_millis(5);
 
 impl Inner {
-    /// Back pressure: waits while too much of the collection is unsealed. Not for a disk that refuses: then the points
-    /// stay in memory, and are found.
-    fn wait_for_room(&self, collection: &Collection) {
+    /// Back pressure, by who brings more: has the largest heads sealed while all are too large, and waits while too much is
+    /// unsealed. Not for a disk that refuses: then the points stay in memory, and are found.
+    fn make_room(&self) {
+        // To look at all collections for each file would be too slow where they are many.
+        if self.came.load(Ordering::Acquire) < self.budget.head / 8 {
+            return;
+        }
+        self.came.store(0, Ordering::Release);
+        maintain::freeze_largest_heads(self);
         let before = self.failures.load(Ordering::Acquire);
-        while collection.unsealed_bytes() > self.budget.unsealed
+        while self.unsealed_bytes() > self.budget.unsealed
             && self.tended.load(Ordering::Acquire)
             && self.failures.load(Ordering::Acquire) == before
-            // One that is gone is sealed by nobody.
-            && self.collections.read().contains_key(&collection.id)
         {
             std::thread::sleep(ROOM_STEP);
         }
+    }
+
+    /// Bytes that wait to be sealed, heads aside. Not of a collection that is gone, which nobody seals.
+    fn unsealed_bytes(&self) -> usize {
+        self.collections.read().values().map(|collection| collection.unsealed_bytes()).sum()
     }
 
     /// The collection of the nearest ancestor that has one.
@@ -306,6 +318,23 @@ impl Inner {
         Ok(())
     }
 
+    /// A file's reading as of one moment.
+    pub(crate) fn standing(&self, file: FileId) -> Option<Standing> {
+        loop {
+            let (id, reading) = {
+                let tree = self.tree.read();
+                let state = &tree.file(file)?.state;
+                (state.collection()?, Arc::clone(state.reading()?))
+            };
+            let collection = self.collections.read().get(&id).cloned()?;
+            let (version, mut parts) = self.snapshot(std::slice::from_ref(&collection));
+            if reading.live_at(version) {
+                return Some(Standing { collection, version, parts: parts.pop()?, reading });
+            }
+            // Replaced, or gone, meanwhile.
+        }
+    }
+
     /// The live reading of a file.
     pub(crate) fn reading(&self, file: FileId) -> Option<Arc<Reading>> {
         self.tree.read().file(file)?.state.reading().cloned()
@@ -313,7 +342,7 @@ impl Inner {
 
     /// From one reading of a file to the next, in one version. Under the writer's lock. False (and the new reading
     /// never lives) if the file is gone or has a newer reading.
-    fn publish(&self, writer: &mut Writer, file: FileId, fingerprint: Fingerprint, new: State) -> bool {
+    pub(crate) fn publish(&self, writer: &mut Writer, file: FileId, fingerprint: Fingerprint, mut new: State) -> bool {
         let mut tree = self.tree.write();
         let overtaken = match (tree.file(file).map(|row| &row.state), &new) {
             (Some(State::Indexed { generation: current, .. }), State::Indexed { generation, .. }) => {
@@ -328,6 +357,11 @@ impl Inner {
             }
             return false;
         };
+        if new.reading().is_some_and(|reading| reading.ended()) {
+            // The segment that it came into was given up before anybody saw it.
+            new = State::Unread;
+            self.unread.lock().push(file);
+        }
         let next = self.version.load(Ordering::Acquire) + 1;
         if let Some(reading) = new.reading() {
             reading.bear(next);

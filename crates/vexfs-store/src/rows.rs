@@ -2,7 +2,10 @@
 
 use vexfs_index::{Bytes, Huge, Place};
 
+use rustix::io::Errno;
+
 use crate::collection::BULK_ROWS;
+use crate::error::PutError;
 use crate::put::Target;
 use crate::volume::Volume;
 
@@ -46,18 +49,26 @@ impl Bytes for Rows {
 }
 
 impl Volume {
-    /// Room for so many rows, for [`Volume::put`].
-    pub fn rows(&self, target: &Target, count: usize) -> Rows {
-        let bytes = count * target.space.row_bytes();
-        if count >= BULK_ROWS && bytes > self.inner.budget.unsealed {
-            let files = |len| self.inner.disk.scratch(len);
-            match Place::Files(&files).zeroed(bytes) {
-                Ok(file) => return Rows(Kept::File(file, 0)),
-                Err(error) => {
-                    log::warn!("{bytes} bytes of rows are kept in memory, as there is no file for them: {error}")
-                }
-            }
+    /// Room for so many rows, for [`Volume::put`]. An error where they are more than memory may be taken for, or the file
+    /// that is to hold them can't be had.
+    pub fn rows(&self, target: &Target, count: usize) -> Result<Rows, PutError> {
+        let budget = &self.inner.budget;
+        if count as u64 > budget.rows {
+            let room = budget.rows;
+            return Err(PutError::TooLarge(format!(
+                "{count} rows; the volume's memory has room to index {room} of a file"
+            )));
         }
-        Rows(Kept::Memory(Vec::with_capacity(bytes)))
+        let bytes = count * target.space.row_bytes();
+        if count < BULK_ROWS || bytes <= budget.unsealed {
+            return Ok(Rows(Kept::Memory(Vec::with_capacity(bytes))));
+        }
+        let files = |len| self.inner.disk.scratch(len);
+        let file = Place::Files(&files).zeroed(bytes).map_err(|error| PutError::Room {
+            bytes,
+            errno: error.raw_os_error().unwrap_or(Errno::IO.raw_os_error()),
+            message: error.to_string(),
+        })?;
+        Ok(Rows(Kept::File(file, 0)))
     }
 }

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 
 use serde::{Deserialize, Serialize};
@@ -113,6 +113,8 @@ pub(crate) struct Inner {
     pub(crate) stop: AtomicBool,
     pub(crate) wake: (Mutex<bool>, Condvar),
     pub(crate) scanned_files: AtomicU64,
+    /// Bytes by which heads and what waits grew since [`Inner::make_room`] looked at all collections.
+    pub(crate) came: AtomicUsize,
     /// Held by who makes one segment of others.
     pub(crate) rewriting: Mutex<()>,
     /// Counts rewritings that failed.
@@ -356,6 +358,7 @@ fn load(
         wake: (Mutex::new(false), Condvar::new()),
         scanned_files: AtomicU64::new(0),
         rewriting: Mutex::new(()),
+        came: AtomicUsize::new(0),
         failures: AtomicU64::new(0),
         tended: AtomicBool::new(false),
     })

@@ -54,7 +54,7 @@ fn put(volume: &Volume, n: u64) {
     let file = FileId(100_000 + n);
     volume.link(file, Link { parent: FileId::ROOT, name: format!("e{n:07}.vec").into_bytes() });
     let target = volume.prepare(file, 2, Element::U8).unwrap();
-    let mut room = volume.rows(&target, 1);
+    let mut room = volume.rows(&target, 1).unwrap();
     room.push(&[(n % 200) as u8 + 1, (n / 200) as u8]);
     let time = 1_764_000_000_000_000_000 + i128::from(n);
     assert!(volume.put(file, Fingerprint { size: 2, mtime: time, ctime: time }, &target, room).unwrap());

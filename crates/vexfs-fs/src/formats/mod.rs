@@ -62,6 +62,11 @@ impl Refusal {
     pub fn too_big(reason: impl Into<String>) -> Refusal {
         Refusal { errno: Errno::TOOBIG, reason: reason.into() }
     }
+
+    /// Is it the state directory's disk that has no room, and not the file's fault?
+    pub fn is_no_room(&self) -> bool {
+        matches!(self.errno, Errno::NOSPC | Errno::DQUOT)
+    }
 }
 
 impl From<std::io::Error> for Refusal {
@@ -76,6 +81,7 @@ impl From<PutError> for Refusal {
         let errno = match &error {
             PutError::Vector { error: VectorError::WrongDimension { .. }, .. } => Errno::MSGSIZE,
             PutError::TooLarge(_) => Errno::TOOBIG,
+            PutError::Room { errno, .. } => Errno::from_raw_os_error(*errno),
             _ => Errno::INVAL,
         };
         Refusal { errno, reason: error.to_string() }

@@ -3,15 +3,18 @@
 
 use std::fs::File;
 use std::io::BufReader;
+use std::os::unix::fs::FileExt;
 
-use npyz::{DType, NpyFile, NpyHeader, Order, TypeChar};
+use npyz::{DType, NpyFile, NpyHeader, Order, TypeChar, TypeRead};
 use vexfs_store::index::Element;
 
 use super::text::ReadAt;
-use super::{MAX_BYTES, Refusal, Shape};
+use super::{Refusal, Shape};
 
 /// Longest header that is parsed; NumPy's own arrays of numbers need some 100 bytes.
 const MAX_HEADER: u64 = 64 << 10;
+/// Numbers of a file in Fortran order are held as many at a time.
+const BLOCK_BYTES: usize = 8 << 20;
 /// Brackets inside brackets that a header of a plain array can need.
 const MAX_NESTING: usize = 8;
 
@@ -23,6 +26,17 @@ enum Kind {
     F8,
     I1,
     U1,
+}
+
+impl Kind {
+    fn bytes(self) -> usize {
+        match self {
+            Kind::I1 | Kind::U1 => 1,
+            Kind::F2 => 2,
+            Kind::F4 => 4,
+            Kind::F8 => 8,
+        }
+    }
 }
 
 /// An array whose header is known.
@@ -51,12 +65,7 @@ impl Array {
                 )));
             }
         };
-        let size = match kind {
-            Kind::I1 | Kind::U1 => 1,
-            Kind::F2 => 2,
-            Kind::F4 => 4,
-            Kind::F8 => 8,
-        };
+        let size = kind.bytes() as u64;
         let Some(bytes) = rows.checked_mul(dimension).and_then(|n| n.checked_mul(size)) else {
             return Err(Refusal::too_big(format!("shape ({rows}, {dimension}) is past any file's size")));
         };
@@ -101,22 +110,13 @@ impl Array {
         visit: &mut dyn FnMut(&[f32]) -> Result<(), Refusal>,
     ) -> Result<(), Refusal> {
         let Shape { rows, dimension, .. } = self.shape;
-        let columns_first = self.header.order() == Order::Fortran && rows > 1;
+        if self.header.order() == Order::Fortran && rows > 1 {
+            return self.columns(number, visit);
+        }
         let reader = BufReader::with_capacity(256 << 10, ReadAt { file: &self.file, at: self.data });
         let values = NpyFile::with_header(self.header, reader)
             .data::<T>()
             .map_err(|error| Refusal::malformed(error.to_string()))?;
-        if columns_first {
-            let bytes = (rows as u64).saturating_mul(dimension as u64).saturating_mul(4);
-            if bytes > MAX_BYTES {
-                return Err(Refusal::too_big(format!("{bytes} bytes in Fortran order; at most {MAX_BYTES}")));
-            }
-            let mut table = vec![0.0; rows * dimension];
-            for (n, value) in values.enumerate() {
-                table[(n % rows) * dimension + n / rows] = number(value?);
-            }
-            return table.chunks_exact(dimension).try_for_each(visit);
-        }
         let mut row = Vec::with_capacity(dimension);
         for value in values {
             row.push(number(value?));
@@ -127,13 +127,38 @@ impl Array {
         }
         Ok(())
     }
+
+    /// As [`Array::values`], of a file that holds column after column: a block of rows at a time.
+    fn columns<T: npyz::Deserialize>(
+        self,
+        number: fn(T) -> f32,
+        visit: &mut dyn FnMut(&[f32]) -> Result<(), Refusal>,
+    ) -> Result<(), Refusal> {
+        let Shape { rows, dimension, .. } = self.shape;
+        let value = T::reader(&self.header.dtype()).map_err(|error| Refusal::malformed(error.to_string()))?;
+        let size = self.kind.bytes();
+        let block = (BLOCK_BYTES / (dimension * size_of::<f32>())).clamp(1, rows);
+        let (mut table, mut bytes) = (vec![0.0; block * dimension], vec![0; block * size]);
+        for first in (0..rows).step_by(block) {
+            let count = block.min(rows - first);
+            for column in 0..dimension {
+                let at = self.data + ((column * rows + first) * size) as u64;
+                self.file.read_exact_at(&mut bytes[..count * size], at)?;
+                for (row, bytes) in bytes[..count * size].chunks_exact(size).enumerate() {
+                    table[row * dimension + column] = number(value.read_one(bytes)?);
+                }
+            }
+            table[..count * dimension].chunks_exact(dimension).try_for_each(&mut *visit)?;
+        }
+        Ok(())
+    }
 }
 
 /// Checks magic, version and header length; returns where the data begins.
 fn header_end(file: &File, len: u64) -> Result<u64, Refusal> {
     let mut start = [0; 12];
     let got = (len as usize).min(start.len());
-    std::os::unix::fs::FileExt::read_exact_at(file, &mut start[..got], 0)?;
+    file.read_exact_at(&mut start[..got], 0)?;
     if got < 10 || start[..6] != *b"\x93NUMPY" {
         return Err(Refusal::malformed("no .npy header"));
     }
@@ -152,7 +177,7 @@ fn header_end(file: &File, len: u64) -> Result<u64, Refusal> {
         return Err(Refusal::malformed(format!("truncated: the header takes {header} bytes")));
     }
     let mut text = vec![0; header as usize];
-    std::os::unix::fs::FileExt::read_exact_at(file, &mut text, begin)?;
+    file.read_exact_at(&mut text, begin)?;
     let mut depth = 0usize;
     for byte in text {
         match byte {

@@ -93,6 +93,23 @@ proptest! {
     }
 }
 
+/// A file in Fortran order is read a block of rows at a time: here there are several, the last of them shorter.
+#[test]
+fn columns_become_rows_whatever_the_number_of_blocks() {
+    let (rows, columns) = (1_100, 4_096);
+    let fields = format!("{{'descr': '|i1', 'fortran_order': True, 'shape': ({rows}, {columns}), }}");
+    let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
+    bytes.extend((fields.len() as u16).to_le_bytes());
+    bytes.extend(fields.bytes());
+    let value = |row: usize, column: usize| ((row * 31 + column * 7) % 255) as u8 as i8;
+    bytes.extend((0..columns).flat_map(|column| (0..rows).map(move |row| value(row, column) as u8)));
+    let read = read(Format::Npy, &bytes).unwrap().unwrap();
+    assert_eq!(read.len(), rows);
+    for (row, numbers) in read.iter().enumerate() {
+        assert!(numbers.iter().enumerate().all(|(column, got)| *got == f32::from(value(row, column))), "{row}");
+    }
+}
+
 #[test]
 fn rows_are_encoded_for_the_collection() {
     let mut bytes = header("(2, 2)");

@@ -27,6 +27,8 @@ pub use self::tend::Reach;
 const SCAN_BELOW: usize = 5_000;
 /// A filter that passes less than this share is answered by an exact scan of what it passes.
 const SCAN_SELECTIVITY: f32 = 0.1;
+/// What the first chunk takes before it is full: a page of rows, links and states for all its nodes.
+const FIRST_BYTES: usize = 16 << 10;
 
 /// See the module.
 pub struct Mutable {
@@ -79,10 +81,14 @@ impl Mutable {
         }
     }
 
-    /// Bytes that a point takes, about: row, links, and what tells of both.
-    pub fn point_bytes(&self) -> usize {
+    /// Bytes of memory that the points take, about: rows, links, what tells of both, and from the first on some pages.
+    pub fn bytes(&self) -> usize {
         let m = self.params.m;
-        self.space.row_bytes() + 4 * (2 * m + m.div_ceil(m - 1)) + 32
+        let point = self.space.row_bytes() + 4 * (2 * m + m.div_ceil(m - 1)) + 32;
+        match self.len() {
+            0 => 0,
+            points => FIRST_BYTES + points * point,
+        }
     }
 
     /// Adds a row, pending: searches find it from now on. Slots are given out from 0 upwards, each once.

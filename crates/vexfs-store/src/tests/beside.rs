@@ -77,3 +77,26 @@ fn searches_beside_seals_merges_and_deletes_miss_nothing_and_see_nothing_twice()
     assert!(beside.into_inner() >= 200);
     whole(&volume);
 }
+
+/// A file that is replaced has one vector or the other at every moment; "no such vector" was answered now and then.
+#[test]
+fn a_vector_is_read_while_its_file_is_replaced_again_and_again() {
+    let (volume, _) = Volume::open_still(Arc::new(MemDisk::default()), options(SyncMode::Lazy)).unwrap();
+    put_rows(&volume, 100);
+    let stop = AtomicBool::new(false);
+    let read = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for _ in (0..1_000_000).take_while(|n| *n < 2_000 || read.load(Ordering::Acquire) < 2_000) {
+                put_rows(&volume, 100);
+            }
+            stop.store(true, Ordering::Release);
+        });
+        while !stop.load(Ordering::Acquire) {
+            assert!(volume.vector(FileId(100), 1).is_some());
+            assert!(volume.neighbors(FileId(100), 1, FileId::ROOT, &mut |_, _, _| true).is_some());
+            read.fetch_add(1, Ordering::AcqRel);
+        }
+    });
+    assert!(read.into_inner() >= 2_000);
+}

@@ -170,3 +170,25 @@ fn what_comes_to_a_collection_that_went_meanwhile_is_found() {
     assert!(volume.put(FileId(10), print(1), &late, row).unwrap());
     assert_eq!(near(&volume, &[1.0, 2.0], 1), ["late.npy"]);
 }
+
+/// A reading that nobody had seen yet ended with its segment, and then became the file's: nothing found it, or read it again.
+#[test]
+fn a_file_whose_segment_is_given_up_before_it_was_seen_is_read_again() {
+    let (volume, _) = Volume::open_still(Arc::new(MemDisk::default()), options(SyncMode::Lazy)).unwrap();
+    put(&volume, 11, "other.npy", &[&[1.0, 2.0]]);
+    volume.link(FileId(10), link("late.npy"));
+    let (inner, file) = (&volume.inner, FileId(10));
+    let target = volume.prepare(file, 2, Element::F32).unwrap();
+    let mut row = Vec::new();
+    target.space.encode(&[3.0, 4.0], &mut row).unwrap();
+    let collection = inner.collections.read().values().next().cloned().unwrap();
+    let (reading, generation) = (Reading::unborn(file, 1), Generation(99));
+    inner.with_scratch(|scratch| collection.append(&reading, generation, &row, false, scratch));
+    let (collection, part) = seal(&volume, FileId::ROOT.0);
+    inner.quarantine(&collection, &part, &SegmentError::Malformed("for a test"));
+    volume.take_unread();
+    let state = crate::row::State::Indexed { collection: collection.id, generation, reading };
+    assert!(inner.publish(&mut inner.writer.lock(), file, print(1), state));
+    assert_eq!(volume.take_unread(), [file]);
+    assert!(volume.vector(file, 0).is_none());
+}

@@ -87,7 +87,7 @@ fn put(volume: &Volume, file: u64, rows: &[u8], base: &Rows, time: i128) -> Resu
     volume.link(file, Link { parent: FileId::ROOT, name: format!("{}.npy", file.0).into_bytes() });
     let target = volume.prepare(file, base.space.dim(), base.space.element()).map_err(|error| error.to_string())?;
     let print = Fingerprint { size: rows.len() as u64, mtime: time, ctime: time };
-    let mut room = volume.rows(&target, rows.len() / base.space.row_bytes());
+    let mut room = volume.rows(&target, rows.len() / base.space.row_bytes()).map_err(|error| error.to_string())?;
     room.push(rows);
     volume.put(file, print, &target, room).map_err(|error| error.to_string())?;
     Ok(())
