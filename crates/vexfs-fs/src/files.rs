@@ -466,20 +466,9 @@ impl Files {
         if flags.contains(OFlags::TRUNC) {
             self.wrote(caller, &node)?;
         }
-        let flushed = self.watch_privileges(caller, &node)?;
+        let flushed = caller.is_stranger() && watch_privileges(caller, &node, &rustix::fs::fstat(&node.fd)?);
         let stranger = counted.keep();
         Ok(Handle { file: File::from(opened), stranger, flushed, node, writable })
-    }
-
-    /// A stranger opened the file for writing. True if its closing must be told: what others own may be given
-    /// set-id bits while the stranger writes.
-    fn watch_privileges(&self, caller: Caller, node: &Node) -> Result<bool, Errno> {
-        if !caller.is_stranger() {
-            return Ok(false);
-        }
-        let stat = rustix::fs::fstat(&node.fd)?;
-        node.set_id_since.lock().get_or_insert((stat.st_mtime, stat.st_mtime_nsec));
-        Ok(set_id(&stat) || stat.st_uid != caller.uid)
     }
 
     /// Makes a file and opens it.
@@ -516,8 +505,8 @@ impl Files {
             }
         };
         let counted = writable.then(|| Counted::new(caller, &node));
+        let flushed = writable && caller.is_stranger() && watch_privileges(caller, &node, &stat);
         let entry = self.met(&node, stat, &parent, name, true);
-        let flushed = writable && self.watch_privileges(caller, &node)?;
         let stranger = counted.is_some_and(Counted::keep);
         Ok((entry, Handle { file: File::from(fd), node, writable, stranger, flushed }))
     }
@@ -735,6 +724,13 @@ impl Files {
         let node = self.nodes.get(id)?;
         Ok(proc_path(&node))
     }
+}
+
+/// A stranger opened the file for writing. True if its closing must be told: what others own may be given set-id bits
+/// while the stranger writes.
+fn watch_privileges(caller: Caller, node: &Node, stat: &Stat) -> bool {
+    node.set_id_since.lock().get_or_insert((stat.st_mtime, stat.st_mtime_nsec));
+    set_id(stat) || stat.st_uid != caller.uid
 }
 
 fn timespec(time: Option<SetTime>) -> Timespec {

@@ -80,6 +80,11 @@ impl Reading {
         self.born.load(Ordering::Acquire) <= version && version < self.died.load(Ordering::Acquire)
     }
 
+    /// Is it seen by searches that start now, or has it been?
+    fn born(&self) -> bool {
+        self.born.load(Ordering::Acquire) != NEVER
+    }
+
     /// Has it ended for every search that starts now?
     pub fn ended(&self) -> bool {
         self.died.load(Ordering::Acquire) != NEVER
@@ -356,7 +361,9 @@ impl Part {
             if inside.len() % LOOK_EVERY == 0 && deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 return Err(Late);
             }
-            let within = !reading.ended() && tree.in_scope(reading.file, scope);
+            // A file that is gone may get its name, and this reading, yet.
+            let named_later = || !reading.born() && tree.file(reading.file).is_none();
+            let within = !reading.ended() && (tree.in_scope(reading.file, scope) || named_later());
             rows += if within { u64::from(reading.rows) } else { 0 };
             inside.push(within);
         }

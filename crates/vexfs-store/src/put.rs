@@ -138,7 +138,9 @@ impl Volume {
     }
 
     /// The file can't be indexed, for `reason`; searches see none of its former vectors either.
-    pub fn refuse(&self, file: FileId, fingerprint: Fingerprint, errno: i32, reason: String) {
+    pub fn refuse(&self, file: FileId, fingerprint: Fingerprint, errno: i32, mut reason: String) {
+        // It stays in memory, and quotes the file.
+        reason.truncate(reason.floor_char_boundary(MAX_REASON));
         let mut writer = self.inner.writer.lock();
         let state = State::Refused(Box::new(Refusal { errno, reason }));
         self.inner.publish(&mut writer, file, fingerprint, state);
@@ -250,6 +252,8 @@ impl Volume {
     }
 }
 
+/// Bytes of a refusal's reason that are kept.
+const MAX_REASON: usize = 1_024;
 /// How often a writer looks whether there is room.
 const ROOM_STEP: Duration = Duration::from_millis(5);
 

@@ -9,6 +9,7 @@ use vexfs_index::{Element, Index, Metric, Params, Place, Space, build_in};
 use super::*;
 use crate::collection::Collection;
 use crate::part::{Part, Reading};
+use crate::row::State;
 use crate::segment::{Segment, SegmentError, SegmentFile};
 
 fn at(dir: u64, name: &str) -> Link {
@@ -171,24 +172,50 @@ fn what_comes_to_a_collection_that_went_meanwhile_is_found() {
     assert_eq!(near(&volume, &[1.0, 2.0], 1), ["late.npy"]);
 }
 
+/// A put that has come as far as the head, and that nobody sees yet.
+fn unseen(volume: &Volume, file: FileId, link: Link) -> State {
+    volume.link(file, link);
+    let target = volume.prepare(file, 2, Element::F32).unwrap();
+    let mut row = Vec::new();
+    target.space.encode(&[3.0, 4.0], &mut row).unwrap();
+    let inner = &volume.inner;
+    let id = volume.nearest_collection(FileId::ROOT).unwrap();
+    let collection = inner.collections.read().get(&id).cloned().unwrap();
+    let (reading, generation) = (Reading::unborn(file, 1), Generation(99));
+    inner.with_scratch(|scratch| collection.append(&reading, generation, &row, false, scratch));
+    State::Indexed { collection: id, generation, reading }
+}
+
 /// A reading that nobody had seen yet ended with its segment, and then became the file's: nothing found it, or read it again.
 #[test]
 fn a_file_whose_segment_is_given_up_before_it_was_seen_is_read_again() {
     let (volume, _) = Volume::open_still(Arc::new(MemDisk::default()), options(SyncMode::Lazy)).unwrap();
     put(&volume, 11, "other.npy", &[&[1.0, 2.0]]);
-    volume.link(FileId(10), link("late.npy"));
     let (inner, file) = (&volume.inner, FileId(10));
-    let target = volume.prepare(file, 2, Element::F32).unwrap();
-    let mut row = Vec::new();
-    target.space.encode(&[3.0, 4.0], &mut row).unwrap();
-    let collection = inner.collections.read().values().next().cloned().unwrap();
-    let (reading, generation) = (Reading::unborn(file, 1), Generation(99));
-    inner.with_scratch(|scratch| collection.append(&reading, generation, &row, false, scratch));
+    let state = unseen(&volume, file, link("late.npy"));
     let (collection, part) = seal(&volume, FileId::ROOT.0);
     inner.quarantine(&collection, &part, &SegmentError::Malformed("for a test"));
     volume.take_unread();
-    let state = crate::row::State::Indexed { collection: collection.id, generation, reading };
     assert!(inner.publish(&mut inner.writer.lock(), file, print(1), state));
     assert_eq!(volume.take_unread(), [file]);
     assert!(volume.vector(file, 0).is_none());
+}
+
+/// Which files lie below a directory is remembered: of one that had no name while it was read, and has one again, the old
+/// answer was used.
+#[test]
+fn a_file_that_loses_its_name_and_gets_it_again_while_it_is_read_is_found_in_its_directory() {
+    let (volume, _) = Volume::open_still(Arc::new(MemDisk::default()), options(SyncMode::Lazy)).unwrap();
+    put(&volume, 11, "other.npy", &[&[1.0, 2.0]]);
+    volume.set_dir(FileId(5), link("dir"));
+    let (file, name) = (FileId(10), at(5, "late.npy"));
+    let state = unseen(&volume, file, name.clone());
+    volume.unlink(file, &name);
+    let below = Query { scope: FileId(5), ..nearest(&[3.0, 4.0], 1) };
+    let found = || volume.search(&below, &mut |_, _, _| true).unwrap().hits.len();
+    assert_eq!(found(), 0);
+    volume.link(file, name);
+    let published = volume.inner.publish(&mut volume.inner.writer.lock(), file, print(1), state);
+    assert!(published);
+    assert_eq!(found(), 1);
 }
