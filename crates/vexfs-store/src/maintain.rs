@@ -59,7 +59,7 @@ impl Drop for Watched<'_> {
             self.0.tended.store(false, Ordering::Release);
             self.0.failures.fetch_add(1, Ordering::AcqRel);
             self.0.note(format!(
-                "{name} panicked: nothing is sealed or committed behind until the volume is opened again"
+                "{name} panicked: what it does behind is done by nobody until the volume is opened again"
             ));
         }
     }
