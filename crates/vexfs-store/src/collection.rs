@@ -12,6 +12,9 @@ use crate::sync::{ArcSwap, ArcSwapOption, Mutex};
 
 /// Points in a head beyond which it is sealed.
 pub const SEAL_POINTS: usize = 50_000;
+/// Dead points of a head beyond which it is sealed when they are no fewer than the live ones: they go, as nothing takes
+/// them out of a head.
+const SEAL_DEAD: u64 = 4_096;
 /// Bytes of a head beyond which it is sealed.
 pub const SEAL_BYTES: usize = 64 << 20;
 /// Rows of one file from which it becomes a segment of its own without passing through the head.
@@ -86,9 +89,13 @@ impl Collection {
         grown
     }
 
-    /// Is the head large enough to be sealed: by its points, or by these bytes?
+    /// Is the head to be sealed: for its points, for these bytes, or for the dead?
     pub fn head_is_full(&self, bytes: usize) -> bool {
-        self.head().is_some_and(|head| head.index().len() >= SEAL_POINTS || head.waiting_bytes() >= bytes)
+        self.head().is_some_and(|head| {
+            let (points, dead) = (head.index().len(), head.ended_points());
+            let mostly_dead = dead >= SEAL_DEAD && dead * 2 >= points as u64;
+            points >= SEAL_POINTS || head.waiting_bytes() >= bytes || mostly_dead
+        })
     }
 
     /// Bytes that wait to be sealed, the head aside.
@@ -96,7 +103,7 @@ impl Collection {
         self.parts.load().iter().skip(1).map(|part| part.waiting_bytes()).sum()
     }
 
-    /// Points that a search can return.
+    /// Points whose reading has not ended.
     pub fn live_points(&self) -> u64 {
         self.parts.load().iter().map(|part| part.live_points()).sum()
     }

@@ -320,6 +320,11 @@ impl Part {
         self.readings().filter(|reading| !reading.ended()).map(|r| u64::from(r.rows)).sum()
     }
 
+    /// Points that a search at `version` may return.
+    pub fn points_at(&self, version: u64) -> u64 {
+        self.readings().filter(|reading| reading.live_at(version)).map(|r| u64::from(r.rows)).sum()
+    }
+
     /// Points given in but not linked into a graph yet.
     pub fn pending(&self) -> u64 {
         match &self.store {

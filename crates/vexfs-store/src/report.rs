@@ -107,7 +107,9 @@ impl Volume {
     pub fn report(&self, scope: FileId) -> Report {
         let inner = &*self.inner;
         let scanned = inner.writer.lock().meta.scanned;
+        // What is published while this is held is of a later version.
         let tree = inner.tree.read();
+        let version = inner.version.load(Ordering::Acquire);
         let mut files = FileCounts::default();
         let mut errors = Vec::new();
         for row in tree.files() {
@@ -153,7 +155,7 @@ impl Volume {
                 metric: schema.as_ref().map(|s| s.space.metric().to_string()),
                 element: schema.as_ref().map(|s| s.space.element().to_string()),
                 quantization: schema.as_ref().map(|s| s.params.quantization.to_string()),
-                points: sum(Part::live_points),
+                points: parts.iter().map(|part| part.points_at(version)).sum(),
                 pending: sum(Part::pending),
                 dead: sum(Part::ended_points),
                 segments: sum(|part| u64::from(part.as_segment().is_some())),

@@ -219,3 +219,45 @@ fn a_file_that_loses_its_name_and_gets_it_again_while_it_is_read_is_found_in_its
     assert!(published);
     assert_eq!(found(), 1);
 }
+
+/// A head kept all that was dead in it until it had as many points as make a segment: a few files that are written over and
+/// over took its memory and every search's time.
+#[test]
+fn a_head_that_is_mostly_dead_is_sealed() {
+    let (volume, _) = Volume::open_still(Arc::new(MemDisk::default()), options(SyncMode::Lazy)).unwrap();
+    let rows: Vec<f32> = (0..100 * 2).map(|n| n as f32 + 1.0).collect();
+    let mut most = 0;
+    for _ in 0..200 {
+        for file in 10..13 {
+            put_at(&volume, FileId::ROOT.0, file, &rows, 2);
+        }
+        let report = volume.report(FileId::ROOT);
+        assert_eq!(report.collections[0].points, 300);
+        let collection = volume.inner.collections.read().values().next().cloned().unwrap();
+        let head = collection.head().unwrap();
+        most = most.max(head.index().len());
+        let waiting: Vec<_> = collection.parts.load().iter().skip(1).cloned().collect();
+        if !waiting.is_empty() {
+            maintain::rewrite(&volume.inner, &collection, &waiting).unwrap();
+        }
+    }
+    assert!((4_096..6_000).contains(&most), "{most}");
+    let found = volume.search(&nearest(&[1.0, 2.0], 400), &mut |_, _, _| true).unwrap();
+    assert_eq!(found.hits.len(), 300);
+}
+
+/// The status counted rows that were on their way, and no search could find, beside those in whose place they come.
+#[test]
+fn what_is_not_published_yet_is_not_counted() {
+    let (volume, _) = Volume::open_still(Arc::new(MemDisk::default()), options(SyncMode::Lazy)).unwrap();
+    put_at(&volume, FileId::ROOT.0, 10, &[1.0, 2.0], 2);
+    let collection = volume.inner.collections.read().values().next().cloned().unwrap();
+    let schema = collection.schema.load_full().unwrap();
+    let mut bytes = Vec::new();
+    schema.space.encode(&[2.0, 1.0], &mut bytes).unwrap();
+    let unborn = Reading::unborn(FileId(10), 1);
+    volume.inner.with_scratch(|scratch| collection.append(&unborn, Generation(99), &bytes, false, scratch));
+    assert_eq!(volume.report(FileId::ROOT).collections[0].points, 1);
+    unborn.bear(volume.inner.version.load(Ordering::Acquire));
+    assert_eq!(volume.report(FileId::ROOT).collections[0].points, 2);
+}
