@@ -12,10 +12,10 @@ ms() { echo $(($(date +%s%N) / 1000000)); }
 pid() { sed -n 's/^ *"pid": \([0-9]*\).*/\1/p' "$dir/mnt/.vexfs/stats.json"; }
 ask() { "$vexfs" search "$dir/mnt" --like "$dir/mnt/base.npy#7" -k 1 --json | grep -q '"path"'; }
 
-# Rows of the ten nearest of each of 20 rows.
-rows() {
+# Distances of the ten nearest of each of 20 rows; of rows that are as near either may be told.
+distances() {
     for row in $(seq 7 5000 99999); do
-        "$vexfs" search "$dir/mnt" --like "$dir/mnt/base.npy#$row" -k 10 --tsv "$@" | cut -f4
+        "$vexfs" search "$dir/mnt" --like "$dir/mnt/base.npy#$row" -k 10 --tsv "$@" | cut -f3
     done
 }
 alone() { "$vexfs" bench store build --dir "$dir" --base "$base" | sed 's/.*"build_alone_s":\([0-9.]*\).*/\1/'; }
@@ -29,11 +29,11 @@ for round in $(seq "$rounds"); do
     closed=$(ms)
     "$vexfs" search "$dir/mnt" --like "$dir/mnt/base.npy#7" -k 1 > /dev/null
     found=$(ms)
-    after_close=$(rows)
+    after_close=$(distances)
     pending=$("$vexfs" status "$dir/mnt" --json | sed -n 's/.*"pending": *\([0-9]*\).*/\1/p' | tail -1)
     "$vexfs" sync "$dir/mnt" --indexed
     linked=$(ms)
-    differ=$(diff <(echo "$after_close") <(rows --exact) | grep -c '^[<>]' || true)
+    differ=$(diff <(echo "$after_close") <(distances --exact) | grep -c '^[<>]' || true)
     build=$(alone)
     echo "{\"pending_when_asked\":$pending,\"hits_after_close\":$(wc -l <<< "$after_close"),\"not_exact\":$differ}"
     echo "{\"cp_ms\":$((closed - start)),\"found_after_close_ms\":$((found - closed)),\"linked_ms\":$((linked - start))," \
@@ -44,8 +44,11 @@ for n in $(seq 1000); do cp "$dir/mnt/.vexfs.toml" "$dir/mnt/$n.txt"; done
 kills=()
 for round in 1 2 3 4 5; do
     head -c 128 "$base" > "$dir/mnt/half-$round.npy" || true
-    kill -9 "$(pid)"
+    daemon=$(pid)
+    kill -9 "$daemon"
     umount -l "$dir/mnt"
+    # The volume is locked as long as any of its threads is in a system call.
+    while kill -0 "$daemon" 2>/dev/null; do sleep 0.01; done
     start=$(ms)
     "$vexfs" mount "$dir/source" "$dir/mnt"
     ask

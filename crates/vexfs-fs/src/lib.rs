@@ -16,7 +16,6 @@ mod fuse;
 mod handling;
 mod ingest;
 mod listing;
-mod memory;
 pub mod mount;
 mod nodes;
 mod pool;

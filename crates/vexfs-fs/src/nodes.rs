@@ -17,9 +17,8 @@ use std::time::Duration;
 use parking_lot::{Mutex, RwLock};
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, Stat, openat};
 use rustix::io::Errno;
-use vexfs_store::FileId;
+use vexfs_store::{FileId, memory};
 
-use crate::memory;
 use crate::reopen::{Reopener, path_of};
 
 /// First number of virtual nodes.

@@ -22,8 +22,10 @@ const HELD_OUT: usize = 500;
 /// Times that nodes which were cut off are looked for.
 const CONNECT_ROUNDS: usize = 8;
 /// Values of ef that are tried, smallest first.
-const EFS: [u32; 24] =
-    [10, 12, 14, 17, 20, 24, 28, 34, 40, 48, 56, 68, 80, 96, 112, 136, 160, 192, 256, 384, 512, 1024, 2048, 4096];
+const EFS: [u32; 29] = [
+    3, 4, 5, 6, 8, 10, 12, 14, 17, 20, 24, 28, 34, 40, 48, 56, 68, 80, 96, 112, 136, 160, 192, 256, 384, 512, 1024,
+    2048, 4096,
+];
 /// Links of a node at least and at most.
 pub(crate) const M: std::ops::RangeInclusive<usize> = 2..=512;
 
@@ -291,7 +293,7 @@ fn calibrate(
             while let Some((query, limit)) = truths.get(next.fetch_add(1, Ordering::Relaxed)) {
                 let exact = Prepared::new(walker.space, query);
                 for (n, ef) in efs.iter().enumerate() {
-                    let size = (CALIBRATED_K, (*ef as usize).max(CALIBRATED_K));
+                    let size = (CALIBRATED_K, *ef as usize);
                     let walked = walker.nearest(&exact, size, Plan::All, &mut scratch, &mut Budget::unlimited());
                     let hits = if walked.is_ok() { scratch.best.iter() } else { break };
                     let right = hits.filter(|hit| hit.distance <= *limit).count().min(CALIBRATED_K);

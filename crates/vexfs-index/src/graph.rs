@@ -192,12 +192,13 @@ impl Graph {
         Ok(at)
     }
 
-    /// The `ef` nearest nodes of a layer that a walk from `start` finds are the pool's entries afterwards.
+    /// The `ef` nearest nodes of a layer that a walk from `start` finds, or the `k` nearest if these are more, are the
+    /// pool's entries afterwards. It goes on from no more than the `ef` nearest.
     pub fn walk<'p>(
         &self,
         query: &impl Keys,
         start: (u32, u32),
-        (ef, layer): (usize, usize),
+        (k, ef, layer): (usize, usize, usize),
         pool: &'p mut Pool,
         budget: &mut Budget,
     ) -> Result<&'p [u64], SearchError> {
@@ -208,11 +209,15 @@ impl Graph {
         entries.clear();
         entries.push(entry(start.0, start.1));
         let mut at = 0;
-        while at < entries.len() {
+        let goes_on = |at: usize, met: usize| at < met && (at < ef || met < k);
+        while goes_on(at, entries.len()) {
             batch.clear();
             let mut next = at;
             for _ in 0..EXPANDED_TOGETHER {
-                let Some(current) = entries.get_mut(next) else { break };
+                if !goes_on(next, entries.len()) {
+                    break;
+                }
+                let current = &mut entries[next];
                 *current |= EXPANDED;
                 for link in list_of(lists, room, entry_node(*current)) {
                     let word = link.load(Ordering::Relaxed);
@@ -232,7 +237,7 @@ impl Graph {
             budget.spend(batch.len() as u64)?;
             keys.resize(batch.len().max(keys.len()), 0);
             query.keys(batch, keys);
-            at = offer_all(entries, ef, keys, batch, next, (lists, room));
+            at = offer_all(entries, ef.max(k), keys, batch, next, (lists, room));
         }
         Ok(entries)
     }
@@ -518,7 +523,7 @@ impl Linker<'_> {
         let coded = Coded { query: &query, codes: self.codes, stride: self.coder.stride() };
         if let Ok(mut start) = self.graph.descend(&coded, level, &mut bench.pool, &mut budget) {
             for layer in (0..=level.min(self.graph.counts.len() - 1)).rev() {
-                let walked = self.graph.walk(&coded, start, (self.ef, layer), &mut bench.pool, &mut budget);
+                let walked = self.graph.walk(&coded, start, (0, self.ef, layer), &mut bench.pool, &mut budget);
                 let Ok(entries) = walked else { break };
                 bench.sorted.clear();
                 let found = entries.iter().map(|entry| (entry_key(*entry), entry_node(*entry)));

@@ -185,19 +185,20 @@ impl Sealed {
         Some(self.calibration[known].1)
     }
 
-    /// Candidates to keep; `None`: only an exact scan will do.
+    /// Candidates that a walk goes on from, fewer than are asked for where a recall needs no more; `None`: only an exact scan
+    /// will do.
     pub(crate) fn ef(&self, request: &Request<'_>) -> Option<usize> {
         // A range has no k: how far a walk goes on is seen as it goes.
         let k = if request.max_distance.is_some() { request.k.min(CALIBRATED_K) } else { request.k };
         let ef = match request.effort {
-            Effort::Ef(ef) => ef,
+            Effort::Ef(ef) => ef.max(k),
             Effort::Recall(recall) => {
                 let known = TARGETS.iter().position(|target| *target >= recall)?;
                 // More hits need as many more candidates.
                 self.calibration[known].0 as usize + k.saturating_sub(CALIBRATED_K)
             }
         };
-        Some(ef.max(k).max(1))
+        Some(ef.max(1))
     }
 
     /// The share of slots that the filter allows, as it says, or by asking it about some.
@@ -366,17 +367,17 @@ impl Walker<'_> {
         match plan {
             Plan::All => {
                 let start = self.graph.descend(query, 0, pool, budget)?;
-                self.graph.walk(query, start, (ef, 0), pool, budget)?;
+                self.graph.walk(query, start, (k, ef, 0), pool, budget)?;
             }
             Plan::Allowed(allowed, share) => {
                 let start = self.graph.descend(query, 0, pool, budget)?;
-                self.graph.walk(query, start, (AROUND, 0), pool, budget)?;
+                self.graph.walk(query, start, (0, AROUND, 0), pool, budget)?;
                 let met = pool.marks.met();
                 let around = met.iter().filter(|node| allowed(**node)).count() as f32 / met.len().max(1) as f32;
                 if around < share * FEW || around == 0.0 {
                     pool.clear();
                 } else if around >= MANY {
-                    self.graph.walk(query, start, ((ef as f32 / around) as usize, 0), pool, budget)?;
+                    self.graph.walk(query, start, (0, (ef as f32 / around) as usize, 0), pool, budget)?;
                     pool.keep(allowed);
                 } else {
                     // Paths among the allowed alone are a little worse than those that were calibrated, and the more
@@ -451,6 +452,8 @@ impl Sealed {
         let Some(filter) = request.filter else {
             return walker.nearest(exact, (k, ef), Plan::All, scratch, budget);
         };
+        // Some of what a walk meets isn't allowed.
+        let ef = ef.max(k);
         let bits = filter.bits();
         let allowed = |node: u32| match bits {
             Some(bits) => bits.get(node as usize / 64).is_some_and(|word| word >> (node % 64) & 1 == 1),
@@ -468,7 +471,7 @@ impl Sealed {
                 Err(SearchError::WorkLimit) if gave_up => {}
                 Err(error) => return Err(error),
                 // Less than asked for: the walk came to an end before it had met all that is allowed.
-                Ok(()) if scratch.best.len() < k.min(ef) => {}
+                Ok(()) if scratch.best.len() < k => {}
                 Ok(()) => return Ok(()),
             }
         }

@@ -5,6 +5,7 @@ use std::sync::atomic::AtomicBool;
 use proptest::prelude::*;
 
 use super::*;
+use crate::sealed::CALIBRATED_K;
 
 mod bits;
 
@@ -91,6 +92,34 @@ fn default_effort_finds_what_is_near_in_every_space() {
             assert!(head.pending() > 0);
             let got = recall(&head, &rows, &queries, &Request::nearest(10));
             assert!(got >= 0.95, "head {metric} {element}: {got}");
+        }
+    }
+}
+
+/// A walk kept at least `k` candidates: where fewer find enough, a search paid for recall that nobody had asked for.
+#[test]
+fn a_low_recall_costs_less_than_k_candidates_and_gives_k_hits() {
+    let space = Space::new(24, Metric::L2, Element::F32).unwrap();
+    let (rows, queries) = data(&space, 6_000, 7);
+    for m in [2, 16] {
+        let sealed = seal(space, &rows, &Params { m, ..Params::default() });
+        for k in [1, 10, 100] {
+            let low = Request { effort: Effort::Recall(0.8), ..Request::nearest(k) };
+            // It counts the hits.
+            let got = recall(&sealed, &rows, &queries, &low);
+            if m == 16 {
+                assert!(sealed.ef(&low).unwrap() < k.max(CALIBRATED_K) && got >= 0.75, "k {k}: {got}");
+            }
+            if (m, k) == (16, 10) {
+                let distances = |request: &Request<'_>| {
+                    let (mut scratch, mut out) = (Scratch::default(), Vec::new());
+                    let asked =
+                        |query: &Vec<f32>| sealed.search(query, request, &mut scratch, &mut out).unwrap().distances;
+                    queries.iter().map(asked).sum::<u64>()
+                };
+                let usual = Request { effort: Effort::Ef(10), ..Request::nearest(10) };
+                assert!(distances(&low) < distances(&usual));
+            }
         }
     }
 }

@@ -14,6 +14,7 @@ mod error;
 mod id;
 mod identity;
 mod maintain;
+pub mod memory;
 mod names;
 mod neighbors;
 mod part;

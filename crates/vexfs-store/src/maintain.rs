@@ -15,6 +15,7 @@ use vexfs_index::{Index, Place, Scratch, Slot, build_in};
 
 use crate::collection::{Collection, new_head};
 use crate::id::SegmentId;
+use crate::memory;
 use crate::part::Part;
 use crate::segment::{self, Segment};
 use crate::volume::Inner;
@@ -131,6 +132,7 @@ fn link_loop(inner: &Inner) {
 }
 
 fn seal_loop(inner: &Inner) {
+    let mut freed = false;
     while !stopping(inner) {
         let collections: Vec<_> = inner.collections.read().values().cloned().collect();
         let mut worked = false;
@@ -139,12 +141,8 @@ fn seal_loop(inner: &Inner) {
                 return;
             }
             freeze_full_head(inner, &collection);
-            let stepped = step(inner, &collection).and_then(|stepped| {
-                if !stepped {
-                    retire_if_empty(inner, &collection)?;
-                }
-                Ok(stepped)
-            });
+            let stepped =
+                step(inner, &collection).and_then(|stepped| Ok(stepped || retire_if_empty(inner, &collection)?));
             match stepped {
                 Ok(stepped) => worked |= stepped,
                 Err(error) => {
@@ -153,7 +151,12 @@ fn seal_loop(inner: &Inner) {
                 }
             }
         }
+        freed |= worked;
         if !worked {
+            // Heads are gone, or what a build worked on.
+            if std::mem::take(&mut freed) {
+                memory::give_back();
+            }
             std::thread::park_timeout(LOOK_EVERY);
         }
     }
@@ -364,17 +367,18 @@ fn replace(inner: &Inner, collection: &Collection, inputs: &[Arc<Part>], output:
 }
 
 /// A collection that another has replaced at its root, or whose root is gone, goes when its last point has gone.
-fn retire_if_empty(inner: &Inner, collection: &Collection) -> io::Result<()> {
+/// True if it went.
+fn retire_if_empty(inner: &Inner, collection: &Collection) -> io::Result<bool> {
     let dir = collection.row.lock().dir;
     let replaced = inner.roots.read().get(&dir) != Some(&collection.id);
     if !replaced || collection.live_points() > 0 {
-        return Ok(());
+        return Ok(false);
     }
     let _alone = inner.rewriting.lock();
     let mut writer = inner.writer.lock();
     let in_use = inner.tree.read().files().any(|row| row.state.collection() == Some(collection.id));
     if in_use {
-        return Ok(());
+        return Ok(false);
     }
     let segments: Vec<SegmentId> =
         collection.parts.load().iter().filter_map(|part| part.as_segment().map(|s| s.id)).collect();
@@ -385,7 +389,8 @@ fn retire_if_empty(inner: &Inner, collection: &Collection) -> io::Result<()> {
     drop(writer);
     // As in `replace`.
     inner.commit().map_err(io::Error::other)?;
-    segments.iter().try_for_each(|id| inner.disk.remove(&id.path()))
+    segments.iter().try_for_each(|id| inner.disk.remove(&id.path()))?;
+    Ok(true)
 }
 
 /// Seals heads that would take long to read again. The threads have ended.
