@@ -6,6 +6,7 @@
 mod attached;
 
 use std::cell::Cell;
+use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -54,8 +55,8 @@ pub struct Ingest {
     pub beneath: Mutex<&'static str>,
     /// A file that was to be read was under none of its names: no answer is whole before the walk.
     lost: AtomicBool,
-    /// Files that wait for room in the state directory.
-    no_room: Mutex<Vec<FileId>>,
+    /// Files that were refused for a reason that may pass.
+    passing: Mutex<HashSet<FileId>>,
     /// Shared by who moves a directory through the mount, until the volume knows where it is. Taken before the volume's
     /// locks, or not waited for.
     pub moving: RwLock<()>,
@@ -94,7 +95,7 @@ impl Ingest {
             walked: AtomicBool::new(false),
             beneath: Mutex::new("walking"),
             lost: AtomicBool::new(false),
-            no_room: Mutex::new(Vec::new()),
+            passing: Mutex::default(),
             moving: RwLock::new(()),
         }
     }
@@ -227,10 +228,10 @@ impl Ingest {
                 Err(_) if !same => continue,
                 Err(_) if when == When::Quiet && (self.being_written)(file) => return Ok(()),
                 Err(refusal) => {
-                    let print = if refusal.is_no_room() { Fingerprint::default() } else { before };
+                    let print = if refusal.may_pass() { Fingerprint::default() } else { before };
                     self.volume.refuse(file, print, refusal.errno.raw_os_error(), refusal.reason.clone());
-                    if refusal.is_no_room() {
-                        self.no_room.lock().push(file);
+                    if refusal.may_pass() {
+                        self.passing.lock().insert(file);
                     }
                 }
                 Ok(()) if is_config(&link) => self.volume.put_empty(file, before),
@@ -304,11 +305,14 @@ impl Ingest {
         }
     }
 
-    /// Reads what there was no room for.
-    pub fn read_what_had_no_room(&self) {
-        for file in std::mem::take(&mut *self.no_room.lock()) {
+    /// Reads again what was refused for a reason that may pass. True if some of it was refused again.
+    pub fn retry(&self) -> bool {
+        // Not locked while they are read: what is refused again is put back.
+        let files = std::mem::take(&mut *self.passing.lock());
+        for file in files {
             self.read_known(file, When::Quiet);
         }
+        !self.passing.lock().is_empty()
     }
 
     /// Reads a file again whatever its fingerprint says, because its collection changed.

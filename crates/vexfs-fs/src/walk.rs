@@ -25,8 +25,11 @@ pub const RESERVED: &str = ".vexfs";
 const AGAIN: Duration = Duration::from_secs(300);
 /// How soon files of a segment that was given up are read again.
 const REREAD_EVERY: Duration = Duration::from_millis(200);
-/// How often files are tried that the state directory had no room for.
-const ROOM_EVERY: Duration = Duration::from_secs(2);
+/// How soon a file is read again that was refused for a reason which may pass, as a full disk does; twice as long each time
+/// that it hasn't.
+const RETRY_AFTER: Duration = Duration::from_secs(2);
+/// How often at least.
+const RETRY_AT_LEAST: Duration = Duration::from_secs(30);
 
 struct Folder {
     path: Vec<u8>,
@@ -105,7 +108,7 @@ impl<'a> Walker<'a> {
         let mut began = Instant::now();
         self.walk();
         let (mut ended, mut took) = (Instant::now(), began.elapsed());
-        let mut tried = Instant::now();
+        let (mut tried, mut pause) = (Instant::now(), RETRY_AFTER);
         while !self.stop.is_set() {
             self.watch.wait(self.stop, REREAD_EVERY);
             self.watch.drain();
@@ -113,8 +116,8 @@ impl<'a> Walker<'a> {
             for file in self.ingest.volume.take_unread() {
                 self.ingest.read_known(file, When::Quiet);
             }
-            if tried.elapsed() > ROOM_EVERY {
-                self.ingest.read_what_had_no_room();
+            if tried.elapsed() > pause {
+                pause = if self.ingest.retry() { RETRY_AT_LEAST.min(pause * 2) } else { RETRY_AFTER };
                 tried = Instant::now();
             }
             // On a machine so busy that events get lost again and again, walks have a tenth of the time.

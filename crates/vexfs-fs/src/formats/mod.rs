@@ -63,9 +63,9 @@ impl Refusal {
         Refusal { errno: Errno::TOOBIG, reason: reason.into() }
     }
 
-    /// Is it the state directory's disk that has no room, and not the file's fault?
-    pub fn is_no_room(&self) -> bool {
-        matches!(self.errno, Errno::NOSPC | Errno::DQUOT)
+    /// Is it the fault of a disk or of the machine, and not of what the file holds? Then it may pass.
+    pub fn may_pass(&self) -> bool {
+        !matches!(self.errno, Errno::INVAL | Errno::TOOBIG | Errno::MSGSIZE)
     }
 }
 

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
 
-use vexfs_store::disk::MemDisk;
+use vexfs_store::disk::{Fault, MemDisk};
 use vexfs_store::{Content, Fingerprint, Query, SyncMode, Volume};
 
 use super::*;
@@ -25,10 +25,14 @@ struct Below {
 
 impl Below {
     fn new() -> Below {
+        Below::over(MemDisk::default(), None)
+    }
+
+    fn over(disk: MemDisk, memory: Option<u64>) -> Below {
         let dir = tempfile::tempdir().unwrap();
         let source = Arc::new(Source::new(OwnedFd::from(fs::File::open(dir.path()).unwrap())).unwrap());
-        let options = store_options(&source, SyncMode::Lazy, None);
-        let (volume, _) = Volume::open(Arc::new(MemDisk::default()), options).unwrap();
+        let options = store_options(&source, SyncMode::Lazy, memory);
+        let (volume, _) = Volume::open(Arc::new(disk), options).unwrap();
         let volume = Arc::new(volume);
         let ingest = Ingest::new(Arc::clone(&volume), source, false, Box::new(|_| false));
         Below { dir, volume, ingest, stop: Stop::new().unwrap() }
@@ -167,4 +171,26 @@ fn a_file_that_is_to_be_read_again_is_found_meanwhile() {
     let Some((known, Content::Indexed { .. })) = below.volume.content(file) else { panic!("not indexed") };
     assert_eq!(known, Fingerprint::default());
     assert_eq!(below.ingest.standing(file, &stat, &known), Standing::Current);
+}
+
+/// A file that an error of the disk kept out stayed out until somebody wrote it.
+#[test]
+fn what_the_disk_refused_is_read_again_when_it_does_not() {
+    let disk = MemDisk::default();
+    let below = Below::over(disk.clone(), Some(1 << 20));
+    let header = format!("{:117}\n", "{'descr': '|i1', 'fortran_order': False, 'shape': (9000, 16), }");
+    let mut bytes = b"\x93NUMPY\x01\x00\x76\x00".to_vec();
+    bytes.extend(header.as_bytes());
+    bytes.extend((0..9_000 * 16).map(|n| 1 + (n % 97) as u8));
+    fs::write(below.path("large.npy"), bytes).unwrap();
+    disk.fail_at(disk.calls(), Fault::Always(5));
+    let walker = below.walker();
+    let refused = below.volume.content(below.id("large.npy")).unwrap();
+    assert!(matches!(refused.1, Content::Refused { errno: 5, .. }), "{refused:?}");
+    assert!(below.ingest.retry(), "it is refused again");
+    disk.heal();
+    assert!(!below.ingest.retry());
+    let found = below.volume.content(below.id("large.npy")).unwrap();
+    assert!(matches!(found.1, Content::Indexed { .. }), "{found:?}");
+    drop(walker);
 }
