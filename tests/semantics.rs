@@ -16,6 +16,7 @@ fn each_promise_names_a_test_that_exists() {
         include_str!("searching.rs"),
         include_str!("upkeep.rs"),
         include_str!("vectors.rs"),
+        include_str!("../crates/vexfs-fs/src/walk/tests.rs"),
     ]
     .concat();
     let mut promises = 0;

@@ -27,6 +27,8 @@ for round in $(seq "$3"); do
         tries=$((tries + 1))
         sleep 1
     done
+    # The daemon gives back what was freed when it has been quiet for a second.
+    sleep 2
     held "$round"
 done
 test "$(tell panics)" = 0

@@ -131,8 +131,35 @@ fn link_loop(inner: &Inner) {
     }
 }
 
+/// Memory that was freed and that the allocator keeps: given back when heads were sealed, and when the volume has become quiet.
+struct Leftovers {
+    /// The volume's version at the last look.
+    at: u64,
+    /// And when memory was last given back.
+    given: u64,
+    /// Has anything been sealed since?
+    sealed: bool,
+    not_before: Instant,
+}
+
+impl Leftovers {
+    /// To be called while there is nothing to do.
+    fn give_back(&mut self, version: u64) {
+        let quiet = version == self.at && version != self.given;
+        self.at = version;
+        let began = Instant::now();
+        if !(quiet || self.sealed) || began < self.not_before {
+            return;
+        }
+        memory::give_back();
+        (self.given, self.sealed) = (version, false);
+        // A hundredth of the time at most: while it goes on nobody gets memory.
+        self.not_before = began + 100 * began.elapsed();
+    }
+}
+
 fn seal_loop(inner: &Inner) {
-    let mut freed = false;
+    let mut leftovers = Leftovers { at: 0, given: 0, sealed: false, not_before: Instant::now() };
     while !stopping(inner) {
         let collections: Vec<_> = inner.collections.read().values().cloned().collect();
         let mut worked = false;
@@ -151,12 +178,9 @@ fn seal_loop(inner: &Inner) {
                 }
             }
         }
-        freed |= worked;
+        leftovers.sealed |= worked;
         if !worked {
-            // Heads are gone, or what a build worked on.
-            if std::mem::take(&mut freed) {
-                memory::give_back();
-            }
+            leftovers.give_back(inner.version.load(Ordering::Acquire));
             std::thread::park_timeout(LOOK_EVERY);
         }
     }
