@@ -173,10 +173,6 @@ impl Events for IndexEvents {
             Cause::Flush | Cause::Fsync | Cause::Setattr => When::Now,
             Cause::Release => When::Quiet,
         };
-        // Which is so at nearly each release: the flush before it has read the file.
-        if cause != Cause::Fsync && self.ingest.is_read(file, fd) {
-            return Ok(());
-        }
         self.pool.run(|| {
             self.ingest.read(file, fd, when).map_err(failed)?;
             match cause {

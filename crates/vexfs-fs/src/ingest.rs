@@ -115,20 +115,6 @@ impl Ingest {
         self.walked.store(true, Ordering::Release);
     }
 
-    /// Is the file indexed as it is now?
-    pub fn is_read(&self, file: FileId, fd: BorrowedFd<'_>) -> bool {
-        let Ok(stat) = rustix::fs::fstat(fd) else { return false };
-        let link = self.volume.links(file).into_iter().next();
-        link.is_some_and(|link| self.is_read_as(file, &link, &fingerprint(&stat)))
-    }
-
-    fn is_read_as(&self, file: FileId, link: &Link, now: &Fingerprint) -> bool {
-        let known = self.volume.content(file);
-        known.is_some_and(|(known, content)| {
-            matches!(content, Content::Indexed { .. } | Content::Empty) && known == *now && !self.misplaced(file, link)
-        })
-    }
-
     /// Reads a file if it changed since its last reading. Under `--strict` a file that isn't indexed is an error.
     pub fn read(&self, file: FileId, fd: BorrowedFd<'_>, when: When) -> Result<(), Failure> {
         let result = self.read_unless_known(file, &File::from(fd.try_clone_to_owned().map_err(from_io)?), when);
@@ -223,7 +209,11 @@ impl Ingest {
                 Some((known, Content::Refused { errno, reason })) if known == before => {
                     return Err(Refusal { errno: Errno::from_raw_os_error(errno), reason });
                 }
-                Some(_) if self.is_read_as(file, &link, &before) => return Ok(()),
+                Some((known, Content::Indexed { .. } | Content::Empty)) if known == before => {
+                    if !self.misplaced(file, &link) {
+                        return Ok(());
+                    }
+                }
                 Some(_) => {}
                 None => return Ok(()),
             }
