@@ -82,7 +82,7 @@ fn what_changes_beneath_is_found_by_directories_on_an_overlay() {
     assert_eq!(followed(&v), "inotify");
     changes_beneath_are_found(&v);
     v.umount();
-    rustix::mount::unmount(v.source(), UnmountFlags::empty()).unwrap();
+    rustix::mount::unmount(v.source(), UnmountFlags::DETACH).unwrap();
 }
 
 fn changes_beneath_are_found(v: &Volume) {

@@ -109,16 +109,21 @@ impl Volume {
 
     pub fn umount(&self) {
         self.note_stacks();
-        let mut output = self.command(&["umount", self.mnt().to_str().unwrap()]);
-        for _ in 0..50 {
-            // A test beside that starts a command has our open files in it until the command's program begins.
-            if output.status.success() || !String::from_utf8_lossy(&output.stderr).contains("os error 16") {
-                break;
+        self.umount_at(&self.mnt());
+    }
+
+    /// A test beside that starts a command has our open files in it until the command's program begins: then the mount is busy.
+    pub fn umount_at(&self, mountpoint: &Path) {
+        let mut tries = 0..50;
+        loop {
+            let output = self.command(&["umount", mountpoint.to_str().unwrap()]);
+            if output.status.success() {
+                return;
             }
+            let why = String::from_utf8_lossy(&output.stderr);
+            assert!(why.contains("files are open") && tries.next().is_some(), "umount: {why}");
             std::thread::sleep(std::time::Duration::from_millis(100));
-            output = self.command(&["umount", self.mnt().to_str().unwrap()]);
         }
-        assert!(output.status.success(), "umount: {}", String::from_utf8_lossy(&output.stderr));
     }
 
     /// Checks how much stack the daemon's handlers took, and writes it down for `make test` to tell the most.
