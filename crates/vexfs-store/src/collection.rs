@@ -92,9 +92,8 @@ impl Collection {
     /// Is the head to be sealed: for its points, for these bytes, or for the dead?
     pub fn head_is_full(&self, bytes: usize) -> bool {
         self.head().is_some_and(|head| {
-            let (points, dead) = (head.index().len(), head.ended_points());
-            let mostly_dead = dead >= SEAL_DEAD && dead * 2 >= points as u64;
-            points >= SEAL_POINTS || head.waiting_bytes() >= bytes || mostly_dead
+            let dead = head.ended_points() >= SEAL_DEAD && head.is_mostly_dead();
+            head.index().len() >= SEAL_POINTS || head.waiting_bytes() >= bytes || dead
         })
     }
 

@@ -249,7 +249,7 @@ pub(crate) fn choose(parts: &[Arc<Part>], most: u64) -> Vec<Arc<Part>> {
         return vec![Arc::clone(part)];
     }
     let live = |part: &Part| (part.index().len() as u64).saturating_sub(part.ended_points());
-    if let Some(part) = parts.iter().find(|part| part.ended_points() >= live(part)) {
+    if let Some(part) = parts.iter().find(|part| part.is_mostly_dead()) {
         return vec![Arc::clone(part)];
     }
     let class = |part: &Part| live(part).max(1).ilog(TIER as u64);

@@ -351,6 +351,12 @@ impl Part {
         self.ended.load(Ordering::Acquire)
     }
 
+    /// Are its dead points no fewer than the live ones?
+    pub fn is_mostly_dead(&self) -> bool {
+        let ended = self.ended_points();
+        ended >= (self.index().len() as u64).saturating_sub(ended)
+    }
+
     fn inside(&self, tree: &RwLock<Tree>, scope: FileId, deadline: Option<Instant>) -> Result<ScopeBits, Late> {
         let tree = tree.read();
         let epoch = tree.epoch();

@@ -184,7 +184,7 @@ fn what_the_disk_refused_is_read_again_when_it_does_not() {
     bytes.extend((0..9_000 * 16).map(|n| 1 + (n % 97) as u8));
     fs::write(below.path("large.npy"), bytes).unwrap();
     disk.fail_at(disk.calls(), Fault::Always(5));
-    let walker = below.walker();
+    below.walker();
     let refused = below.volume.content(below.id("large.npy")).unwrap();
     assert!(matches!(refused.1, Content::Refused { errno: 5, .. }), "{refused:?}");
     assert!(below.ingest.retry(), "it is refused again");
@@ -192,5 +192,4 @@ fn what_the_disk_refused_is_read_again_when_it_does_not() {
     assert!(!below.ingest.retry());
     let found = below.volume.content(below.id("large.npy")).unwrap();
     assert!(matches!(found.1, Content::Indexed { .. }), "{found:?}");
-    drop(walker);
 }
