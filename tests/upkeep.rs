@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use rustix::fs::XattrFlags;
 
-use crate::support::{Random, Volume, le_bytes, no_rsync, npy, text};
+use crate::support::{Random, VEXFS, Volume, le_bytes, no_rsync, npy, text};
 
 const ROWS: usize = 9_000;
 
@@ -161,6 +161,57 @@ fn the_mode_is_switched_while_mounted_and_sync_waits() {
     assert_eq!(v.stats("")["oldest_pending_ms"], serde_json::Value::Null);
     assert!(fs::write(v.path(".vexfs/control"), "sing").is_err());
     assert!(!run(&["sync", "/"]));
+}
+
+#[test]
+fn the_work_behind_is_held_back_and_bounded_but_not_for_who_waits() {
+    let Some(v) = Volume::new(&["--background-rate", "900M"]) else { return };
+    let mnt = v.mnt();
+    let background = |args: &[&str]| {
+        let output = v.command(&[&["background", mnt.to_str().unwrap()], args].concat());
+        (output.status.success(), String::from_utf8(output.stderr).unwrap())
+    };
+    assert_eq!(v.stats("")["background"]["rate"], 900 << 20);
+    assert!(!background(&[]).0, "nothing is asked for");
+    let (done, said) = background(&["--pause", "--rate", "0"]);
+    assert!(done, "{said}");
+    v.write("bulk.npy", npy(&rows(5)));
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    let stats = v.stats("");
+    assert_eq!((&stats["pending"], &stats["background"]["rate"]), (&ROWS.into(), &serde_json::Value::Null));
+    let status = v.command(&["status", mnt.to_str().unwrap()]);
+    assert!(String::from_utf8_lossy(&status.stdout).contains("background paused"));
+    assert_eq!(first(&v, &rows(5)[7]), Some(("bulk.npy".to_owned(), 7)));
+    assert!(v.command(&["sync", mnt.to_str().unwrap(), "--indexed"]).status.success());
+    assert_eq!((&v.stats("")["pending"], &v.stats("")["background"]["paused"]), (&0.into(), &true.into()));
+    assert!(background(&["--resume"]).0);
+    assert_eq!(v.stats("")["background"], serde_json::json!({ "paused": false, "rate": null, "work": null }));
+    let wrong = fs::write(v.path(".vexfs/control"), "background rate -1").unwrap_err();
+    assert_eq!(wrong.raw_os_error(), Some(rustix::io::Errno::INVAL.raw_os_error()));
+}
+
+#[test]
+fn who_is_killed_while_it_waits_ends_what_it_waits_for() {
+    let Some(v) = Volume::new(&[]) else { return };
+    let mut random = Random(11);
+    for name in ["one.npy", "two.npy"] {
+        let rows: Vec<Vec<f32>> = (0..20_000).map(|_| random.vector(32)).collect();
+        v.write(name, npy(&rows));
+    }
+    let mnt = v.mnt();
+    assert!(v.command(&["sync", mnt.to_str().unwrap(), "--indexed"]).status.success());
+    let segments = || v.stats("")["collections"][0]["segments"].as_u64().unwrap();
+    assert_eq!(segments(), 2);
+    let mut child = std::process::Command::new(VEXFS).args(["optimize", mnt.to_str().unwrap()]).spawn().unwrap();
+    while v.stats("")["background"]["work"]["linked"].as_u64().is_none_or(|linked| linked == 0) {
+        assert!(child.try_wait().unwrap().is_none(), "it ended before it was seen to begin");
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    // It can't go before its call is answered, and it would be when all is one segment.
+    assert_eq!(segments(), 2);
+    assert!(v.command(&["optimize", mnt.to_str().unwrap()]).status.success(), "nothing is held by the one before");
+    assert_eq!(segments(), 1);
 }
 
 #[test]

@@ -2,7 +2,6 @@
 //! Any bytes as the coder of an index whose links are good.
 
 use std::sync::OnceLock;
-use std::sync::atomic::AtomicBool;
 
 use libfuzzer_sys::fuzz_target;
 use vexfs_index::{
@@ -35,7 +34,7 @@ fn good() -> &'static [Good] {
                     space.encode(&point, &mut rows).expect("a row");
                 }
                 let params = Params { m: 3, ef_construction: 8, quantization, ..Params::default() };
-                let sections = build(&space, &rows, &params, 1, &AtomicBool::new(false)).expect("an index");
+                let sections = build(&space, &rows, &params, 1, &|| true).expect("an index");
                 let (head, rest) = sections.graph.split_at(HEADER);
                 let coder = u32::from_le_bytes([head[CODER], head[CODER + 1], head[CODER + 2], head[CODER + 3]]);
                 let (head, links) = (head.to_vec(), rest[coder as usize..].to_vec());

@@ -2,6 +2,8 @@
 //! thread, so modes, groups, ACLs and whatever the file system below adds count as they do for `open(2)`.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
 
 use rustix::fs::{Mode, OFlags, ResolveFlags, Stat, fstat, openat2};
 use rustix::io::Errno;
@@ -61,9 +63,52 @@ fn groups_of(pid: u32) -> Option<Vec<Gid>> {
     if pid == 0 {
         return None;
     }
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("Groups:"))?;
+    let line = status(pid, "Groups:")?;
     line.split_whitespace().map(|group| group.parse().ok().map(Gid::from_raw)).collect()
+}
+
+/// What the kernel tells of a thread.
+fn status(pid: u32, key: &str) -> Option<String> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix(key)).map(|value| value.trim().to_owned())
+}
+
+/// Looks, while a caller waits for its answer, whether it was killed: it can't go before the answer comes. (FUSE would say so
+/// by INTERRUPT, which the FUSE crate doesn't pass on; see decision 15.)
+pub struct Killed {
+    pid: u32,
+    began: Instant,
+    /// Milliseconds since then.
+    next_look: AtomicU64,
+    found: AtomicBool,
+}
+
+/// A look costs some 20 microseconds.
+const LOOK_EVERY_MS: u64 = 20;
+/// SIGKILL's place among pending signals. The kernel makes one of every signal that ends a process without a core.
+const SIGKILL: u64 = 1 << 8;
+
+impl Killed {
+    /// To be made when the request comes.
+    pub fn new(caller: Caller) -> Killed {
+        Killed {
+            pid: caller.pid,
+            began: Instant::now(),
+            next_look: AtomicU64::new(LOOK_EVERY_MS),
+            found: AtomicBool::new(false),
+        }
+    }
+
+    /// Was it, as of some milliseconds ago? A caller that isn't visible never was. May be asked as often as one likes.
+    pub fn is_so(&self) -> bool {
+        let now = self.began.elapsed().as_millis() as u64;
+        if self.pid > 0 && now >= self.next_look.load(Ordering::Relaxed) {
+            self.next_look.store(now + LOOK_EVERY_MS, Ordering::Relaxed);
+            let pending = status(self.pid, "SigPnd:").and_then(|bits| u64::from_str_radix(&bits, 16).ok());
+            self.found.fetch_or(pending.is_some_and(|bits| bits & SIGKILL != 0), Ordering::Relaxed);
+        }
+        self.found.load(Ordering::Relaxed)
+    }
 }
 
 impl Identity {

@@ -25,6 +25,7 @@ impl From<SearchError> for Failure {
             SearchError::WrongDimension { .. } => Errno::MSGSIZE,
             SearchError::Incomparable(_) | SearchError::Query(_) => Errno::INVAL,
             SearchError::Deadline => Errno::TIMEDOUT,
+            SearchError::Cancelled => Errno::INTR,
             SearchError::Scanning { .. } => Errno::AGAIN,
             _ => Errno::IO,
         };
@@ -35,6 +36,7 @@ impl From<SearchError> for Failure {
 impl From<CommitError> for Failure {
     fn from(error: CommitError) -> Failure {
         let errno = match &error {
+            CommitError::Cancelled => Errno::INTR,
             CommitError::Io { errno, .. } => Errno::from_raw_os_error(*errno),
             _ => Errno::IO,
         };
@@ -58,6 +60,7 @@ pub fn name(errno: Errno) -> String {
         (Errno::STALE, "ESTALE"),
         (Errno::TIMEDOUT, "ETIMEDOUT"),
         (Errno::BUSY, "EBUSY"),
+        (Errno::INTR, "EINTR"),
         (Errno::NOSPC, "ENOSPC"),
         (Errno::DQUOT, "EDQUOT"),
         (Errno::IO, "EIO"),

@@ -39,6 +39,8 @@ pub struct MountOptions {
     pub sync: SyncMode,
     /// Bytes that the index may keep in memory; `None`: as many as are useful.
     pub memory: Option<u64>,
+    /// Bytes a second that the work behind may read and write; `None`: as many as it can.
+    pub background_rate: Option<u64>,
     /// Nobody else writes to the source: it isn't watched, and the kernel keeps what it was told.
     pub exclusive: bool,
     /// Files that can't be indexed make close(2) fail.
@@ -150,7 +152,11 @@ pub fn mount(options: &MountOptions) -> Result<Mounted, MountError> {
     let owned = |why: Errno| error(source.display(), io::Error::from(why));
     let nodes = Arc::new(Nodes::new(rustix::io::dup(&root).map_err(owned)?, most_files / 2).map_err(owned)?);
     let files_root = Arc::new(Source::new(root).map_err(owned)?);
-    let store = store_options(&files_root, options.sync, options.memory);
+    let store = Options {
+        memory: options.memory,
+        background_rate: options.background_rate,
+        ..store_options(&files_root, options.sync)
+    };
     let (volume, recovery) =
         Volume::open(Arc::new(DirDisk::new(state_fd)), store).map_err(|why| error(state.display(), why))?;
     let volume = Arc::new(volume);
@@ -210,7 +216,7 @@ fn open_log(state: &OwnedFd) -> Result<File, Errno> {
 }
 
 /// How the store of a source is opened.
-pub(crate) fn store_options(source: &Arc<Source>, sync: SyncMode, memory: Option<u64>) -> Options {
+pub(crate) fn store_options(source: &Arc<Source>, sync: SyncMode) -> Options {
     let (root, files) = (Arc::clone(source), Arc::clone(source));
     Options {
         sync,
@@ -218,7 +224,8 @@ pub(crate) fn store_options(source: &Arc<Source>, sync: SyncMode, memory: Option
         root_born: source.born(),
         locate: Some(Arc::new(move |path, attached| files.locate(path, attached))),
         threads: std::thread::available_parallelism().map_or(1, usize::from),
-        memory,
+        memory: None,
+        background_rate: None,
         boot: boot_id(),
         sync_source: Some(Arc::new(move || Ok(rustix::fs::syncfs(root.root())?))),
     }

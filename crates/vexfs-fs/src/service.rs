@@ -3,10 +3,10 @@
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
-use vexfs_store::index::Effort;
+use vexfs_store::index::{Effort, SearchError as GaveUp, Until};
 use vexfs_store::{Answer, Content, FileId, Hit, MAX_K, Query, Verdict};
 
-use crate::access::{Caller, Gate, Identity};
+use crate::access::{Caller, Gate, Identity, Killed};
 use crate::errors::{Failure, name};
 use crate::ingest::{Ingest, Standing, When};
 use crate::wire::{ATTACHED, ErrorLine, HitLine, Reply, Request};
@@ -19,8 +19,8 @@ const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 const MAX_TIMEOUT_MS: u64 = 600_000;
 /// Most candidates that a request may ask a walk to keep.
 const MAX_EF: usize = 100_000;
-/// A search that has to wait for a walk over the source does so in steps of this.
-const WALK_STEP: Duration = Duration::from_millis(10);
+/// A search that has to wait for a walk over the source does so in steps of this: so much past its deadline at most.
+const WALK_STEP: Duration = Duration::from_millis(5);
 
 /// See the module.
 pub struct Service<'a> {
@@ -32,11 +32,11 @@ pub struct Service<'a> {
 
 impl Service<'_> {
     /// Answers one line of the query file.
-    pub fn answer_line(&self, scope: FileId, caller: Caller, line: &[u8]) -> Reply {
+    pub fn answer_line(&self, scope: FileId, caller: Caller, killed: &Killed, line: &[u8]) -> Reply {
         let began = Instant::now();
         let result = serde_json::from_slice::<Request>(line)
             .map_err(|error| Failure::new(Errno::INVAL, format!("request: {error}")))
-            .and_then(|request| self.answer(scope, caller, &request));
+            .and_then(|request| self.answer(scope, caller, killed, &request));
         match result {
             Ok(answer) => Reply {
                 hits: Some(answer.hits.into_iter().map(hit_line).collect()),
@@ -49,9 +49,11 @@ impl Service<'_> {
     }
 
     /// Answers a request asked in `scope`.
-    pub fn answer(&self, scope: FileId, caller: Caller, request: &Request) -> Result<Answer, Failure> {
+    pub fn answer(&self, scope: FileId, caller: Caller, killed: &Killed, request: &Request) -> Result<Answer, Failure> {
         let timeout = request.timeout_ms.map_or(DEFAULT_TIMEOUT, |ms| Duration::from_millis(ms.min(MAX_TIMEOUT_MS)));
         let deadline = Instant::now() + timeout;
+        let cancelled = || killed.is_so();
+        let until = Until { deadline: Some(deadline), cancelled: Some(&cancelled) };
         let invalid = |message: String| Failure::new(Errno::INVAL, message);
         let k = request.k.unwrap_or(DEFAULT_K);
         if k == 0 || k > MAX_K {
@@ -70,7 +72,7 @@ impl Service<'_> {
         if request.max_distance.is_some_and(f32::is_nan) {
             return Err(invalid("max_distance is not a number".to_owned()));
         }
-        self.wait_for_scan(deadline)?;
+        self.wait_for_scan(until)?;
         let (vector, exclude) = match (&request.vector, &request.like) {
             (Some(vector), None) => (vector.clone(), None),
             (None, Some(like)) => {
@@ -87,11 +89,10 @@ impl Service<'_> {
             max_distance: request.max_distance,
             scope,
             exclude,
-            deadline: Some(deadline),
+            until,
         };
         let identity = self.access.identify(caller)?;
-        let mut answer =
-            self.judged(scope, &identity, deadline, |verdict| self.ingest.volume.search(&query, verdict))?;
+        let mut answer = self.judged(scope, &identity, until, |verdict| self.ingest.volume.search(&query, verdict))?;
         if let Identity::Other { .. } = identity {
             // It would tell how much there is that the asker can't see.
             answer.distances = 0;
@@ -102,12 +103,14 @@ impl Service<'_> {
     /// What the point that `like` names is linked to in its graph, as far as it lies below `scope` and the caller
     /// may read it.
     pub fn neighbors(&self, scope: FileId, caller: Caller, like: &str) -> Result<Vec<Hit>, Failure> {
-        let deadline = Instant::now() + DEFAULT_TIMEOUT;
-        self.wait_for_scan(deadline)?;
+        let (deadline, killed) = (Instant::now() + DEFAULT_TIMEOUT, Killed::new(caller));
+        let cancelled = || killed.is_so();
+        let until = Until { deadline: Some(deadline), cancelled: Some(&cancelled) };
+        self.wait_for_scan(until)?;
         let (file, row) = self.point(scope, caller, like)?;
         let identity = self.access.identify(caller)?;
         let neighbors = |verdict: &mut Verdict<'_>| self.ingest.volume.neighbors(file, row, scope, verdict);
-        let found = self.judged(scope, &identity, deadline, neighbors);
+        let found = self.judged(scope, &identity, until, neighbors);
         found.ok_or_else(|| self.no_vector(file, row, like))
     }
 
@@ -119,7 +122,7 @@ impl Service<'_> {
         &self,
         scope: FileId,
         identity: &Identity,
-        deadline: Instant,
+        until: Until<'_>,
         mut ask: impl FnMut(&mut Verdict<'_>) -> T,
     ) -> T {
         let scope_path = self.ingest.volume.dir_path(scope).unwrap_or_default();
@@ -148,11 +151,11 @@ impl Service<'_> {
             for file in stale {
                 self.ingest.read_known(file, When::Quiet);
             }
-            if walked || !outdated || Instant::now() >= deadline {
+            if walked || !outdated || until.check().is_err() {
                 return answer;
             }
-            while !self.ingest.walked() && Instant::now() < deadline {
-                step_towards(deadline);
+            while !self.ingest.walked() && until.check().is_ok() {
+                std::thread::sleep(WALK_STEP);
             }
         }
     }
@@ -213,20 +216,16 @@ impl Service<'_> {
     }
 
     /// An answer before the first scan is over would leave out what is there.
-    fn wait_for_scan(&self, deadline: Instant) -> Result<(), Failure> {
+    fn wait_for_scan(&self, until: Until<'_>) -> Result<(), Failure> {
         loop {
-            match self.ingest.volume.ready() {
-                Ok(()) => return Ok(()),
-                Err(_) if Instant::now() < deadline => step_towards(deadline),
-                Err(error) => return Err(error.into()),
+            let Err(scanning) = self.ingest.volume.ready() else { return Ok(()) };
+            match until.check() {
+                Ok(()) => std::thread::sleep(WALK_STEP),
+                Err(GaveUp::Cancelled) => return Err(vexfs_store::SearchError::Cancelled.into()),
+                Err(_) => return Err(scanning.into()),
             }
         }
     }
-}
-
-/// Waits for a walk, not past the deadline.
-fn step_towards(deadline: Instant) {
-    std::thread::sleep(WALK_STEP.min(deadline.saturating_duration_since(Instant::now())));
 }
 
 /// Which of a file's vectors.

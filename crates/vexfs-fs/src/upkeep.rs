@@ -49,14 +49,14 @@ pub fn rebuild(source: &Path, state: Option<&Path>) -> Result<(u64, u64), MountE
     let failed = |why: &dyn std::fmt::Display| error(state.display(), why);
     vexfs_store::forget(&DirDisk::new(state_fd)).map_err(|why| failed(&why))?;
     let files = Arc::new(Source::new(root).map_err(|why| error(source.display(), why))?);
-    let options = store_options(&files, SyncMode::Lazy, None);
+    let options = store_options(&files, SyncMode::Lazy);
     let disk = Arc::new(DirDisk::new(open_dir(&state)?));
     let (volume, _) = Volume::open(disk, options).map_err(|why| failed(&why))?;
     let volume = Arc::new(volume);
     let ingest = Ingest::new(Arc::clone(&volume), files, false, Box::new(|_| false));
     Walker::new(&ingest, Watch::nothing(), &Stop::new().map_err(|why| error("eventfd", why))?).walk();
     drop(ingest);
-    volume.settle().map_err(|why| failed(&why))?;
+    volume.settle(&|| false).map_err(|why| failed(&why))?;
     let counts = volume.report(FileId::ROOT).files;
     if let Some(volume) = Arc::into_inner(volume) {
         volume.close().map_err(|why| failed(&why))?;

@@ -20,7 +20,7 @@ use parking_lot::{Mutex, RwLock};
 use rustix::io::Errno;
 use vexfs_store::{Content, FileId, Hit};
 
-use crate::access::{Caller, Gate, Identity};
+use crate::access::{Caller, Gate, Identity, Killed};
 use crate::control::obey;
 use crate::errors::{Failure, name};
 use crate::events::place;
@@ -270,7 +270,7 @@ impl Views {
             exact: example.exact,
             ..Request::default()
         };
-        let answer = self.service().answer(dir, caller, &request).map_err(|failure| {
+        let answer = self.service().answer(dir, caller, &Killed::new(caller), &request).map_err(|failure| {
             log::debug!("similar/{}: {}", asked.display(), failure.message);
             failure.errno
         })?;
@@ -369,7 +369,7 @@ impl Views {
         let handle = self.handle(handle)?;
         let mut open = handle.lock();
         if matches!(*open, Open::Control) {
-            return obey(&self.ingest.volume, &self.command, data).map(|()| data.len()).map_err(|failure| {
+            return obey(&self.ingest.volume, &self.command, caller, data).map(|()| data.len()).map_err(|failure| {
                 log::warn!("control: {}", failure.message);
                 failure.errno
             });
@@ -395,12 +395,16 @@ impl Views {
     ) -> Result<(), Errno> {
         let whole = request.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
         let lines: Vec<u8> = request.drain(..whole).collect();
+        let killed = Killed::new(caller);
         for line in lines.split(|byte| *byte == b'\n').filter(|line| !line.iter().all(u8::is_ascii_whitespace)) {
             if answer.len() > MAX_BUFFER {
                 log::info!("more than {MAX_BUFFER} bytes of answers wait to be read");
                 return Err(Errno::TOOBIG);
             }
-            answer.extend_from_slice(&self.service().answer_line(scope, caller, line).to_line());
+            if killed.is_so() {
+                return Err(Errno::INTR);
+            }
+            answer.extend_from_slice(&self.service().answer_line(scope, caller, &killed, line).to_line());
         }
         Ok(())
     }

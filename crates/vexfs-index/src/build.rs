@@ -113,9 +113,9 @@ pub struct Sections {
 }
 
 /// As [`build_in`], in memory, and in one piece.
-pub fn build(space: &Space, rows: &[u8], params: &Params, threads: usize, stop: &AtomicBool) -> Option<Sections> {
+pub fn build(space: &Space, rows: &[u8], params: &Params, threads: usize, go_on: GoOn<'_>) -> Option<Sections> {
     // Nothing else than a disk fails.
-    let built = build_in(Place::Memory, space, rows, params, threads, stop).ok()??;
+    let built = build_in(Place::Memory, space, rows, params, threads, go_on).ok()??;
     let (mut vectors, mut codes, mut graph) = (Vec::new(), Vec::new(), Vec::new());
     let into = |section: &mut Vec<u8>, bytes: &[u8]| {
         section.extend_from_slice(bytes);
@@ -127,14 +127,18 @@ pub fn build(space: &Space, rows: &[u8], params: &Params, threads: usize, stop: 
     Some(Sections { order: built.order, vectors, codes, graph })
 }
 
-/// Builds over whole `rows` with so many `threads`, in `place`. `None` if `stop` was set meanwhile.
+/// Asked before each row is linked, by the thread that links it: false ends the build, and while it doesn't answer the
+/// thread waits.
+pub type GoOn<'a> = &'a (dyn Fn() -> bool + Sync);
+
+/// Builds over whole `rows` with so many `threads`, in `place`. `None` if it was not to `go_on`.
 pub fn build_in(
     place: Place<'_>,
     space: &Space,
     rows: &[u8],
     params: &Params,
     threads: usize,
-    stop: &AtomicBool,
+    go_on: GoOn<'_>,
 ) -> io::Result<Option<Built>> {
     let nodes = rows.len() / space.row_bytes();
     let m = params.m.clamp(*M.start(), *M.end());
@@ -175,8 +179,7 @@ pub fn build_in(
     let step = ((nodes - bottom) / held.max(1)).max(1);
     let is_held = |node: u32| node as usize > bottom && (node as usize - bottom) % step == step / 2;
     let (last, first): (Vec<u32>, Vec<u32>) = (1..nodes as u32).partition(|node| is_held(*node));
-    link(&linker, &first, &level, threads, stop);
-    if stop.load(Ordering::Acquire) {
+    if !link(&linker, &first, &level, threads, go_on) {
         return Ok(None);
     }
     // Links are chosen on bytes, whatever a search walks on.
@@ -194,8 +197,7 @@ pub fn build_in(
     let walked = walked.map(|codes| (&codes.coder, codes.bytes.bytes()));
     let walker = Walker::building(space, &graph, walked, rows, &order);
     let calibration = calibrate(&walker, &fine_walker, &last, &is_held, threads);
-    link(&linker, &last, &level, threads, stop);
-    if stop.load(Ordering::Acquire) {
+    if !link(&linker, &last, &level, threads, go_on) {
         return Ok(None);
     }
     // By inner product most links lead to the few long vectors that are the answers; short ones are left without,
@@ -230,18 +232,26 @@ fn encode(coder: Coder, rows: &[u8], order: &[u32], place: Place<'_>) -> io::Res
     Ok(Codes { coder, bytes })
 }
 
-fn link(linker: &Linker<'_>, nodes: &[u32], level: &(impl Fn(u32) -> usize + Sync), threads: usize, stop: &AtomicBool) {
-    let next = AtomicUsize::new(0);
-    let work = || {
+/// False if it was not to go on.
+fn link(
+    linker: &Linker<'_>,
+    nodes: &[u32],
+    level: &(impl Fn(u32) -> usize + Sync),
+    threads: usize,
+    go_on: GoOn<'_>,
+) -> bool {
+    let (next, ended) = (AtomicUsize::new(0), AtomicBool::new(false));
+    on_threads(threads, || {
         let mut bench = Bench::default();
         while let Some(node) = nodes.get(next.fetch_add(1, Ordering::Relaxed)) {
-            if stop.load(Ordering::Relaxed) {
+            if ended.load(Ordering::Relaxed) || !go_on() {
+                ended.store(true, Ordering::Relaxed);
                 return;
             }
             linker.link(*node, level(*node), &mut bench);
         }
-    };
-    on_threads(threads, work);
+    });
+    !ended.into_inner()
 }
 
 fn on_threads(threads: usize, work: impl Fn() + Sync) {

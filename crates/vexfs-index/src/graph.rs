@@ -166,7 +166,7 @@ impl Graph {
         query: &impl Keys,
         bottom: usize,
         pool: &mut Pool,
-        budget: &mut Budget,
+        budget: &mut Budget<'_>,
     ) -> Result<(u32, u32), SearchError> {
         let Pool { batch, keys, .. } = pool;
         keys.resize(self.m.max(keys.len()), 0);
@@ -200,7 +200,7 @@ impl Graph {
         start: (u32, u32),
         (k, ef, layer): (usize, usize, usize),
         pool: &'p mut Pool,
-        budget: &mut Budget,
+        budget: &mut Budget<'_>,
     ) -> Result<&'p [u64], SearchError> {
         let Pool { entries, batch, keys, marks, .. } = pool;
         let (lists, room) = (self.lists(layer), self.room(layer));
@@ -251,7 +251,7 @@ impl Graph {
         allowed: &impl Fn(u32) -> bool,
         ef: usize,
         pool: &'p mut Pool,
-        budget: &mut Budget,
+        budget: &mut Budget<'_>,
     ) -> Result<&'p [u64], SearchError> {
         let Pool { entries, batch, keys, blocked, marks } = pool;
         let (lists, room) = (self.lists(0), self.room(0));
@@ -341,7 +341,7 @@ impl Graph {
         nodes: &mut Nodes<'_>,
         (k, ef): (usize, usize),
         pool: &mut Pool,
-        budget: &mut Budget,
+        budget: &mut Budget<'_>,
     ) -> Result<(), SearchError> {
         let Pool { entries, batch, keys, .. } = pool;
         entries.clear();

@@ -25,7 +25,7 @@ pub(crate) fn descend(
     entry: u32,
     (top, bottom): (usize, usize),
     links: &mut Vec<u32>,
-    budget: &mut Budget,
+    budget: &mut Budget<'_>,
 ) -> Result<Candidate, SearchError> {
     let mut at = Candidate { node: entry, distance: distance(entry) };
     budget.spend(1)?;
@@ -55,7 +55,7 @@ pub(crate) fn walk_layer(
     entry: Candidate,
     (ef, layer): (usize, usize),
     scratch: &mut Scratch,
-    budget: &mut Budget,
+    budget: &mut Budget<'_>,
 ) -> Result<(), SearchError> {
     let Scratch { visited, near, best, links, .. } = scratch;
     visited.start(graph.nodes());

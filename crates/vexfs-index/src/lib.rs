@@ -30,12 +30,12 @@ mod mutable_tests;
 
 use std::sync::Arc;
 
-pub use build::{Built, Sections, build, build_bytes, build_in};
+pub use build::{Built, GoOn, Sections, build, build_bytes, build_in};
 pub use explore::{Connectivity, Explorer, LayerReport};
 pub use flat::Flat;
 pub use mutable::{Mutable, Reach};
 pub use raw::{Huge, Place};
-pub use request::{Effort, Filter, Neighbor, Request, Scratch, SearchError, Stats};
+pub use request::{Effort, Filter, Neighbor, Request, Scratch, SearchError, Stats, Until};
 pub use sealed::{FormatError, Sealed};
 pub use space::{Element, Metric, Quantization, Space, SpaceError, VectorError};
 

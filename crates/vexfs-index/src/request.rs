@@ -37,6 +37,28 @@ pub trait Filter: Sync {
     }
 }
 
+/// How long an answer is wanted.
+#[derive(Copy, Clone, Default)]
+pub struct Until<'a> {
+    /// When to give up.
+    pub deadline: Option<Instant>,
+    /// Is nobody left to take the answer? Asked as often as the clock, which is many thousand times a second.
+    pub cancelled: Option<&'a (dyn Fn() -> bool + Sync)>,
+}
+
+impl Until<'_> {
+    /// An error if the answer is no longer wanted.
+    pub fn check(&self) -> Result<(), SearchError> {
+        if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            return Err(SearchError::Deadline);
+        }
+        match self.cancelled.is_some_and(|cancelled| cancelled()) {
+            true => Err(SearchError::Cancelled),
+            false => Ok(()),
+        }
+    }
+}
+
 /// A question.
 #[derive(Clone)]
 pub struct Request<'a> {
@@ -51,8 +73,8 @@ pub struct Request<'a> {
     pub max_distance: Option<f32>,
     /// Only these.
     pub filter: Option<&'a dyn Filter>,
-    /// When to give up.
-    pub deadline: Option<Instant>,
+    /// How long it is wanted.
+    pub until: Until<'a>,
     /// After how many distances to give up.
     pub max_distances: Option<u64>,
 }
@@ -66,7 +88,7 @@ impl Request<'_> {
             exact: false,
             max_distance: None,
             filter: None,
-            deadline: None,
+            until: Until::default(),
             max_distances: None,
         }
     }
@@ -106,6 +128,9 @@ pub enum SearchError {
     /// At its deadline.
     #[error("the deadline passed")]
     Deadline,
+    /// Nobody wants the answer any more.
+    #[error("the search was cancelled")]
+    Cancelled,
     /// At its limit of distances.
     #[error("the work limit was reached")]
     WorkLimit,
@@ -230,9 +255,9 @@ impl Visited {
 }
 
 /// Counts distances and watches the limits.
-pub(crate) struct Budget {
+pub(crate) struct Budget<'a> {
     pub stats: Stats,
-    deadline: Option<Instant>,
+    until: Until<'a>,
     most: u64,
     next_look: u64,
     /// A limit of the search's own, not of who asked.
@@ -242,19 +267,20 @@ pub(crate) struct Budget {
 /// Distances between two looks at the clock: some tens of microseconds.
 const LOOK_EVERY: u64 = 512;
 
-impl Budget {
-    pub fn new(request: &Request<'_>) -> Budget {
+impl<'a> Budget<'a> {
+    pub fn new(request: &Request<'a>) -> Budget<'a> {
         Budget {
             stats: Stats::default(),
-            deadline: request.deadline,
+            until: request.until,
             most: request.max_distances.unwrap_or(u64::MAX),
             next_look: 0,
             own: u64::MAX,
         }
     }
 
-    pub fn unlimited() -> Budget {
-        Budget { stats: Stats::default(), deadline: None, most: u64::MAX, next_look: u64::MAX, own: u64::MAX }
+    pub fn unlimited() -> Budget<'static> {
+        let until = Until::default();
+        Budget { stats: Stats::default(), until, most: u64::MAX, next_look: u64::MAX, own: u64::MAX }
     }
 
     /// Stops what comes next after so many more distances, to try another way.
@@ -279,9 +305,7 @@ impl Budget {
         }
         if self.stats.distances >= self.next_look {
             self.next_look = self.stats.distances.saturating_add(LOOK_EVERY);
-            if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-                return Err(SearchError::Deadline);
-            }
+            self.until.check()?;
         }
         Ok(())
     }
@@ -303,7 +327,7 @@ pub(crate) fn scan(
     slots: impl Iterator<Item = u32>,
     distance: impl Fn(u32) -> f32,
     k: usize,
-    budget: &mut Budget,
+    budget: &mut Budget<'_>,
     best: &mut BinaryHeap<Candidate>,
 ) -> Result<(), SearchError> {
     for node in slots {

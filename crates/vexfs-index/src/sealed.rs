@@ -325,7 +325,7 @@ impl Walker<'_> {
         (k, ef): (usize, usize),
         plan: Plan<'_>,
         scratch: &mut Scratch,
-        budget: &mut Budget,
+        budget: &mut Budget<'_>,
     ) -> Result<(), SearchError> {
         let Some(coder) = self.coder else {
             self.candidates(&Rows { walker: self, exact }, (k, ef), plan, scratch, budget)?;
@@ -361,7 +361,7 @@ impl Walker<'_> {
         (k, ef): (usize, usize),
         plan: Plan<'_>,
         scratch: &mut Scratch,
-        budget: &mut Budget,
+        budget: &mut Budget<'_>,
     ) -> Result<(), SearchError> {
         let Scratch { pool, .. } = scratch;
         match plan {
@@ -401,7 +401,7 @@ impl Walker<'_> {
         exact: &Prepared,
         k: usize,
         scratch: &mut Scratch,
-        budget: &mut Budget,
+        budget: &mut Budget<'_>,
     ) -> Result<(), SearchError> {
         let Scratch { best, pool, .. } = scratch;
         best.clear();
@@ -447,7 +447,7 @@ impl Sealed {
         (k, ef): (usize, usize),
         request: &Request<'_>,
         scratch: &mut Scratch,
-        budget: &mut Budget,
+        budget: &mut Budget<'_>,
     ) -> Result<(), SearchError> {
         let Some(filter) = request.filter else {
             return walker.nearest(exact, (k, ef), Plan::All, scratch, budget);

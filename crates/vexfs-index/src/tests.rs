@@ -1,6 +1,6 @@
 //! The three forms of index against an exact scan in f64-checked distances.
 
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use proptest::prelude::*;
 
@@ -49,7 +49,7 @@ pub(crate) fn data(space: &Space, n: usize, seed: u64) -> (Vec<u8>, Vec<Vec<f32>
 }
 
 fn seal(space: Space, rows: &[u8], params: &Params) -> Sealed {
-    let sections = build(&space, rows, params, 2, &AtomicBool::new(false)).unwrap();
+    let sections = build(&space, rows, params, 2, &|| true).unwrap();
     Sealed::open(space, region(&sections.vectors), region(&sections.codes), region(&sections.graph)).unwrap()
 }
 
@@ -274,7 +274,10 @@ fn limits_stop_a_search() {
     let (rows, queries) = data(&space, 3_000, 5);
     let sealed = seal(space, &rows, &Params::default());
     let (mut scratch, mut out) = (Scratch::default(), Vec::new());
-    let late = Request { deadline: Some(std::time::Instant::now()), ..Request::nearest(10) };
+    let late = Request {
+        until: Until { deadline: Some(std::time::Instant::now()), ..Until::default() },
+        ..Request::nearest(10)
+    };
     assert_eq!(sealed.search(&queries[0], &late, &mut scratch, &mut out), Err(SearchError::Deadline));
     let poor = Request { max_distances: Some(20), ..Request::nearest(10) };
     assert_eq!(sealed.search(&queries[0], &poor, &mut scratch, &mut out), Err(SearchError::WorkLimit));
@@ -363,7 +366,7 @@ fn bad_vectors_are_told_apart() {
 fn damaged_sections_are_refused_or_searched_but_never_a_panic() {
     let space = Space::new(6, Metric::L2, Element::F32).unwrap();
     let (rows, queries) = data(&space, 1_200, 2);
-    let sections = build(&space, &rows, &Params { m: 4, ..Params::default() }, 2, &AtomicBool::new(false)).unwrap();
+    let sections = build(&space, &rows, &Params { m: 4, ..Params::default() }, 2, &|| true).unwrap();
     let mut random = Random(99);
     let (mut scratch, mut out) = (Scratch::default(), Vec::new());
     let mut refused = 0;
@@ -393,7 +396,12 @@ fn damaged_sections_are_refused_or_searched_but_never_a_panic() {
 fn a_stopped_build_gives_nothing() {
     let space = Space::new(4, Metric::L2, Element::F32).unwrap();
     let (rows, _) = data(&space, 1_500, 1);
-    assert!(build(&space, &rows, &Params::default(), 2, &AtomicBool::new(true)).is_none());
+    // Before its first row, in its midst, and at one of those that are linked last.
+    for most in [0, 700, 1_480] {
+        let asked = AtomicUsize::new(0);
+        let go_on = || asked.fetch_add(1, Ordering::Relaxed) < most;
+        assert!(build(&space, &rows, &Params::default(), 2, &go_on).is_none(), "{most}");
+    }
 }
 
 proptest! {
@@ -403,7 +411,7 @@ proptest! {
         let space = Space::new(dim, Metric::L2, Element::F32).unwrap();
         let (rows, _) = data(&space, n, seed);
         let params = Params { ef_construction: 24, ..Params::default() };
-        let sections = build(&space, &rows, &params, 1, &AtomicBool::new(false)).unwrap();
+        let sections = build(&space, &rows, &params, 1, &|| true).unwrap();
         let mut order = sections.order.clone();
         order.sort_unstable();
         prop_assert!(order.iter().copied().eq(0..n as u32));
@@ -430,9 +438,8 @@ fn a_build_in_files_is_the_one_in_memory_and_takes_what_is_said() {
             rustix::fs::ftruncate(&file, len)?;
             Ok(file)
         };
-        let stop = AtomicBool::new(false);
         // On one thread, so that both do the same.
-        let built = build_in(Place::Files(&files), &space, &rows, &params, 1, &stop).unwrap().unwrap();
+        let built = build_in(Place::Files(&files), &space, &rows, &params, 1, &|| true).unwrap().unwrap();
         let (mut codes, mut graph) = (Vec::new(), Vec::new());
         let mut put = |bytes: &[u8]| {
             codes.extend_from_slice(bytes);
@@ -445,7 +452,7 @@ fn a_build_in_files_is_the_one_in_memory_and_takes_what_is_said() {
                 Ok(())
             })
             .unwrap();
-        let sections = build(&space, &rows, &params, 1, &stop).unwrap();
+        let sections = build(&space, &rows, &params, 1, &|| true).unwrap();
         assert!(sections.order == built.order && sections.codes == codes && sections.graph == graph);
         let (taken, said) = (taken.into_inner() as usize, 3_000 * build_bytes(&space, &params));
         assert!(taken <= said && said <= taken * 3 / 2, "{element} {quantization}: {taken} bytes, {said} are said");
@@ -457,6 +464,6 @@ fn a_build_whose_files_cant_be_made_fails() {
     let space = Space::new(8, Metric::L2, Element::F32).unwrap();
     let (rows, _) = data(&space, 2_000, 7);
     let full = |_| Err(std::io::Error::from(std::io::ErrorKind::StorageFull));
-    let built = build_in(Place::Files(&full), &space, &rows, &Params::default(), 1, &AtomicBool::new(false));
+    let built = build_in(Place::Files(&full), &space, &rows, &Params::default(), 1, &|| true);
     assert_eq!(built.err().map(|error| error.kind()), Some(std::io::ErrorKind::StorageFull));
 }

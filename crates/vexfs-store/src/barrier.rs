@@ -16,6 +16,17 @@ fn failed(why: impl ToString) -> CommitError {
     CommitError::Io { errno: rustix::io::Errno::IO.raw_os_error(), message: why.to_string() }
 }
 
+/// Is nobody left who waits? Asked often.
+pub type Cancelled<'a> = &'a (dyn Fn() -> bool + Sync);
+
+fn step(cancelled: Cancelled<'_>) -> Result<(), CommitError> {
+    if cancelled() {
+        return Err(CommitError::Cancelled);
+    }
+    std::thread::sleep(STEP);
+    Ok(())
+}
+
 fn pending(inner: &Inner) -> u64 {
     let collections: Vec<_> = inner.collections.read().values().cloned().collect();
     collections.iter().flat_map(|collection| Vec::clone(&collection.parts.load())).map(|part| part.pending()).sum()
@@ -23,9 +34,10 @@ fn pending(inner: &Inner) -> u64 {
 
 impl Volume {
     /// Waits until all that was pending when this was called is in a graph, and durable. An error if what is behind
-    /// failed meanwhile.
-    pub fn settle(&self) -> Result<(), CommitError> {
+    /// failed meanwhile, or if who waits is gone.
+    pub fn settle(&self, cancelled: Cancelled<'_>) -> Result<(), CommitError> {
         let inner = &*self.inner;
+        let _waiting = inner.background.wait_for();
         let before = inner.failures.load(Ordering::Acquire);
         for thread in &self.threads {
             thread.thread().unpark();
@@ -36,16 +48,24 @@ impl Volume {
             if !tended || inner.failures.load(Ordering::Acquire) != before {
                 return Err(failed(inner.last_error.lock().clone().unwrap_or_default()));
             }
-            std::thread::sleep(STEP);
+            step(cancelled)?;
         }
         inner.commit()
     }
 
     /// Makes one segment of each collection, without dead rows. With `purge` the bytes of what was removed before this
-    /// was called are in no file of the state directory when it returns.
-    pub fn optimize(&self, purge: bool) -> Result<(), CommitError> {
+    /// was called are in no file of the state directory when it returns. An error if who waits is gone: what was done
+    /// until then stays.
+    pub fn optimize(&self, purge: bool, cancelled: Cancelled<'_>) -> Result<(), CommitError> {
         let inner = &*self.inner;
-        let _alone = inner.rewriting.lock();
+        let _waiting = inner.background.wait_for();
+        let _alone = loop {
+            match inner.rewriting.try_lock() {
+                Some(alone) => break alone,
+                None => step(cancelled)?,
+            }
+        };
+        let go_on = |_| !inner.stop.load(Ordering::Acquire) && !cancelled();
         let collections: Vec<_> = inner.collections.read().values().cloned().collect();
         for collection in collections {
             let head = collection.head().map_or(0, |head| head.live_points());
@@ -59,8 +79,12 @@ impl Volume {
                 [one] => one.as_segment().is_some() && one.ended_points() == 0,
                 _ => false,
             };
-            if !compact(&inputs) && !maintain::rewrite(inner, &collection, &inputs).map_err(failed)? {
-                return Err(failed("it was interrupted"));
+            if !compact(&inputs) && !maintain::rewrite(inner, &collection, &inputs, &go_on).map_err(failed)? {
+                return Err(if cancelled() {
+                    CommitError::Cancelled
+                } else {
+                    failed("it was interrupted, or a segment was given up")
+                });
             }
         }
         inner.commit()?;

@@ -1,6 +1,6 @@
 //! What can go wrong in the store, by operation.
 
-use vexfs_index::{SpaceError, VectorError};
+use vexfs_index::{SearchError as GaveUp, SpaceError, VectorError};
 
 /// A volume could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +37,9 @@ pub enum OpenError {
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum CommitError {
+    /// Who waited for it is gone.
+    #[error("nobody waits for it any more")]
+    Cancelled,
     /// The disk below refused; `errno` is its word (ENOSPC, EIO…).
     #[error("catalog: {message}")]
     Io {
@@ -98,10 +101,23 @@ pub enum SearchError {
     /// The deadline passed.
     #[error("the search passed its deadline")]
     Deadline,
+    /// Who asked is gone.
+    #[error("the search was cancelled")]
+    Cancelled,
     /// The first scan of an adopted directory is not over.
     #[error("the volume is still being scanned for the first time ({done} vector files so far)")]
     Scanning {
         /// Files read so far.
         done: u64,
     },
+}
+
+impl From<GaveUp> for SearchError {
+    fn from(error: GaveUp) -> SearchError {
+        match error {
+            // The store sets no limit of distances.
+            GaveUp::Deadline | GaveUp::WorkLimit => SearchError::Deadline,
+            GaveUp::Cancelled => SearchError::Cancelled,
+        }
+    }
 }

@@ -4,6 +4,7 @@
 //! [`Volume::put`], [`Volume::rename`]…) after it happened, and answers a [`Query`] with [`Hit`]s. Files are the
 //! truth: what a file holds is not logged here but read from it again after a crash ([`Recovery::unread`]).
 
+mod background;
 mod barrier;
 mod budget;
 mod catalog;
@@ -36,6 +37,8 @@ mod tests;
 mod tree;
 mod volume;
 
+pub use background::Kind;
+pub use barrier::Cancelled;
 pub use catalog::{Content, Fingerprint, Link};
 pub use check::{Checked, Finding, check, forget};
 pub use collection::{BULK_ROWS, SEAL_POINTS};
@@ -44,7 +47,7 @@ pub use id::{CollectionId, FileId, Generation, SegmentId};
 pub use identity::FORMAT_VERSION;
 pub use put::Target;
 pub use rekey::{Locate, Located};
-pub use report::{CollectionReport, FileCounts, FileError, Quarantined, Report};
+pub use report::{Background, CollectionReport, FileCounts, FileError, Quarantined, Report};
 pub use rows::Rows;
 pub use schema::{Config, Schema};
 pub use search::{Answer, Hit, MAX_K, Query, Verdict};

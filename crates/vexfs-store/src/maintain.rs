@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use vexfs_index::{Index, Place, Scratch, Slot, build_in};
 
+use crate::background::{Kind, Work};
 use crate::collection::{Collection, new_head};
 use crate::id::SegmentId;
 use crate::memory;
@@ -29,6 +30,8 @@ const SYNC_SOURCE_EVERY: Duration = Duration::from_secs(30);
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// Segments of one size class that are merged into one.
 const TIER: usize = 4;
+/// Bytes of a segment that are written under a rate before they are made durable.
+const SYNC_EVERY: usize = 8 << 20;
 /// At close, a smaller head is left to be read from its files by the next open.
 pub(crate) const SEAL_AT_CLOSE: u64 = 4_096;
 
@@ -99,7 +102,7 @@ fn verify_all(inner: &Inner) {
     for collection in collections {
         for part in collection.parts.load_full().iter() {
             let Some(segment) = part.as_segment() else { continue };
-            match segment.verify(&inner.stop) {
+            match segment.verify(&|bytes| inner.go_on(bytes)) {
                 Ok(true) => inner.warm(segment),
                 Ok(false) => return,
                 Err(error) => inner.quarantine(&collection, part, &error),
@@ -119,7 +122,7 @@ fn link_loop(inner: &Inner) {
             let mut slot = index.first_pending().0;
             while index.pending() > 0
                 && slot < index.len() as u32
-                && !stopping(inner)
+                && inner.go_on(0)
                 && !collection.head_is_full(inner.budget.head)
             {
                 index.link(Slot(slot), &mut scratch);
@@ -164,7 +167,7 @@ fn seal_loop(inner: &Inner) {
         let collections: Vec<_> = inner.collections.read().values().cloned().collect();
         let mut worked = false;
         for collection in collections {
-            if stopping(inner) {
+            if !inner.go_on(0) {
                 return;
             }
             freeze_full_head(inner, &collection);
@@ -239,7 +242,7 @@ fn step(inner: &Inner, collection: &Collection) -> io::Result<bool> {
     if inputs.is_empty() {
         return Ok(false);
     }
-    rewrite(inner, collection, &inputs)
+    rewrite(inner, collection, &inputs, &|bytes| inner.go_on(bytes))
 }
 
 /// What to rewrite next of all but the head: what is no segment yet, each for itself; a segment that is half
@@ -274,12 +277,26 @@ pub(crate) fn choose(parts: &[Arc<Part>], most: u64) -> Vec<Arc<Part>> {
         .unwrap_or_default()
 }
 
-/// Makes one durable segment of the live rows of `inputs` and puts it in their place. False if it was stopped.
-pub(crate) fn rewrite(inner: &Inner, collection: &Collection, inputs: &[Arc<Part>]) -> io::Result<bool> {
+/// Makes one durable segment of the live rows of `inputs` and puts it in their place. False if it was not to `go_on`, which
+/// is asked with the bytes that were read and written since it was last.
+pub(crate) fn rewrite(
+    inner: &Inner,
+    collection: &Collection,
+    inputs: &[Arc<Part>],
+    go_on: segment::GoOn<'_>,
+) -> io::Result<bool> {
     let Some(schema) = collection.schema.load_full() else { return Ok(false) };
+    let most: usize = inputs.iter().map(|part| part.live().count()).sum();
+    let kind = match inputs {
+        [part] if part.as_segment().is_some() => Kind::Compact,
+        [_] => Kind::Seal,
+        _ => Kind::Merge,
+    };
+    let working =
+        inner.background.begin(Work { kind, collection: collection.id, points: most as u64, since: Instant::now() });
     for part in inputs {
         // What rotted must not get new checksums.
-        match part.as_segment().map_or(Ok(true), |segment| segment.verify(&inner.stop)) {
+        match part.as_segment().map_or(Ok(true), |segment| segment.verify(go_on)) {
             Ok(true) => {}
             Ok(false) => return Ok(false),
             Err(error) => {
@@ -289,7 +306,6 @@ pub(crate) fn rewrite(inner: &Inner, collection: &Collection, inputs: &[Arc<Part
         }
     }
     let size = schema.space.row_bytes();
-    let most: usize = inputs.iter().map(|part| part.live().count()).sum();
     let files = |len| inner.disk.scratch(len);
     let place = if most as u64 <= inner.budget.rows_in_memory(&schema) { Place::Memory } else { Place::Files(&files) };
     let mut gathered;
@@ -319,6 +335,9 @@ pub(crate) fn rewrite(inner: &Inner, collection: &Collection, inputs: &[Arc<Part
                     }
                     let Some(to) = room.next() else { break };
                     to.copy_from_slice(&bytes);
+                    if !go_on(if part.as_segment().is_some() { size } else { 0 }) {
+                        return Ok(false);
+                    }
                     let number = *numbers.entry(old).or_insert_with(|| {
                         readings.extend(part.reading(old).cloned());
                         files.extend(part.entry(old));
@@ -334,7 +353,10 @@ pub(crate) fn rewrite(inner: &Inner, collection: &Collection, inputs: &[Arc<Part
         None
     } else {
         let threads = inner.options.threads;
-        let built = build_in(place, &schema.space, rows, &schema.params, threads, &inner.stop)?;
+        let built = build_in(place, &schema.space, rows, &schema.params, threads, &|| {
+            working.linked();
+            go_on(0)
+        })?;
         let Some(built) = built else { return Ok(false) };
         let id = {
             let mut writer = inner.writer.lock();
@@ -342,10 +364,12 @@ pub(crate) fn rewrite(inner: &Inner, collection: &Collection, inputs: &[Arc<Part
             SegmentId(writer.meta.next_segment)
         };
         let content = segment::Content { space: schema.space, files: &files, points: &points, rows, built: &built };
-        segment::write(&*inner.disk, id, &content)?;
+        // Or what was written slowly would be collected, and go to the disk at once.
+        let sync_every = inner.background.rate().map_or(usize::MAX, |_| SYNC_EVERY);
+        segment::write(&*inner.disk, id, &content, go_on, sync_every)?;
         drop(built);
         let opened = Segment::open(&*inner.disk, id)
-            .and_then(|segment| Ok(segment.verify(&inner.stop)?.then_some(segment)))
+            .and_then(|segment| Ok(segment.verify(go_on)?.then_some(segment)))
             .map_err(io::Error::other);
         let segment = match opened {
             Ok(Some(segment)) => segment,
@@ -427,7 +451,7 @@ pub fn seal_for_close(inner: &Inner) {
         }
         let parts = collection.parts.load_full();
         for part in parts.iter().skip(1).filter(|part| part.as_segment().is_none()) {
-            if let Err(error) = rewrite(inner, &collection, std::slice::from_ref(part)) {
+            if let Err(error) = rewrite(inner, &collection, std::slice::from_ref(part), &|_| true) {
                 log::error!("sealing at close: {error}; the files are read again at the next open");
             }
         }

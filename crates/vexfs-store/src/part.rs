@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use vexfs_index::{Explorer, Filter, Flat, Index, Mutable, Slot};
+use vexfs_index::{Explorer, Filter, Flat, Index, Mutable, SearchError as GaveUp, Slot, Until};
 
 use crate::id::{FileId, Generation};
 use crate::segment::{Segment, SegmentError, SegmentFile};
@@ -357,7 +357,7 @@ impl Part {
         ended >= (self.index().len() as u64).saturating_sub(ended)
     }
 
-    fn inside(&self, tree: &RwLock<Tree>, scope: FileId, deadline: Option<Instant>) -> Result<ScopeBits, Late> {
+    fn inside(&self, tree: &RwLock<Tree>, scope: FileId, until: Until<'_>) -> Result<ScopeBits, GaveUp> {
         let tree = tree.read();
         let epoch = tree.epoch();
         if let Some(known) = &*self.scope.lock()
@@ -369,8 +369,8 @@ impl Part {
         let mut rows = 0;
         let mut inside = Vec::new();
         for reading in self.readings() {
-            if inside.len() % LOOK_EVERY == 0 && deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-                return Err(Late);
+            if inside.len() % LOOK_EVERY == 0 {
+                until.check()?;
             }
             // A file that is gone may get its name, and this reading, yet.
             let named_later = || !reading.born() && tree.file(reading.file).is_none();
@@ -384,8 +384,8 @@ impl Part {
     }
 
     /// Has any file of the part a name below `scope`?
-    pub fn reaches(&self, tree: &RwLock<Tree>, scope: FileId, deadline: Option<Instant>) -> Result<bool, Late> {
-        let bits = self.inside(tree, scope, deadline)?;
+    pub fn reaches(&self, tree: &RwLock<Tree>, scope: FileId, until: Until<'_>) -> Result<bool, GaveUp> {
+        let bits = self.inside(tree, scope, until)?;
         Ok(self.readings().enumerate().any(|(number, reading)| {
             // A reading newer than the bits is asked for by itself.
             let inside = bits.inside.get(number).copied();
@@ -394,7 +394,7 @@ impl Part {
     }
 
     /// The filter of a search; `None` if (but for the few that are being written now) every point passes.
-    pub fn filter<'a>(&'a self, view: &'a View<'a>) -> Result<Option<PartFilter<'a>>, Late> {
+    pub fn filter<'a>(&'a self, view: &'a View<'a>) -> Result<Option<PartFilter<'a>>, GaveUp> {
         let ended = self.ended_points();
         if ended == 0 && view.scope.is_none() && view.rejected.is_empty() {
             return Ok(None);
@@ -403,11 +403,11 @@ impl Part {
     }
 
     /// As [`Part::filter`], where a search without it met a row that must not be returned.
-    pub fn forced_filter<'a>(&'a self, view: &'a View<'a>) -> Result<PartFilter<'a>, Late> {
+    pub fn forced_filter<'a>(&'a self, view: &'a View<'a>) -> Result<PartFilter<'a>, GaveUp> {
         let all = self.index().len() as u64;
         let (inside, passing) = match view.scope {
             Some(scope) => {
-                let bits = self.inside(view.tree, scope, view.deadline)?;
+                let bits = self.inside(view.tree, scope, view.until)?;
                 (Some(bits.inside), bits.rows)
             }
             None => (None, all.saturating_sub(self.ended_points())),
@@ -429,13 +429,9 @@ pub struct View<'a> {
     pub exclude: Option<(FileId, u32)>,
     /// Files that turned out not to be what the index holds, or not the caller's to see.
     pub rejected: &'a [FileId],
-    /// When to give up.
-    pub deadline: Option<Instant>,
+    /// How long the answer is wanted.
+    pub until: Until<'a>,
 }
-
-/// The deadline passed.
-#[derive(Copy, Clone, Debug, PartialEq, Eq)]
-pub struct Late;
 
 /// Files between two looks at the clock.
 const LOOK_EVERY: usize = 1024;

@@ -268,6 +268,7 @@ impl Inner {
         self.came.store(0, Ordering::Release);
         maintain::freeze_largest_heads(self);
         let before = self.failures.load(Ordering::Acquire);
+        let _waiting = self.background.wait_for();
         while self.unsealed_bytes() > self.budget.unsealed
             && self.tended.load(Ordering::Acquire)
             && self.failures.load(Ordering::Acquire) == before

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 
+use crate::background::Kind;
 use crate::error::SearchError;
 use crate::id::FileId;
 use crate::part::Part;
@@ -29,12 +30,40 @@ pub struct Report {
     pub pending: u64,
     /// How long the oldest of them has waited, in milliseconds; null if none does.
     pub oldest_pending_ms: Option<u64>,
+    /// The work behind.
+    pub background: Background,
     /// Files that are kept but not indexed, with the reason; at most [`MAX_ERRORS`].
     pub errors: Vec<FileError>,
     /// Segments that were given up since the volume was opened because their bytes are not those that were written.
     pub quarantined: Vec<Quarantined>,
     /// The last thing that went wrong behind; null if nothing has.
     pub last_error: Option<String>,
+}
+
+/// What is done behind: linking, sealing, merging, verifying.
+#[derive(Clone, Debug, Serialize)]
+pub struct Background {
+    /// It is held back, but for what somebody waits for.
+    pub paused: bool,
+    /// Bytes a second that it may read and write; null for as many as it can.
+    pub rate: Option<u64>,
+    /// The segment that is being made, if one is.
+    pub work: Option<Work>,
+}
+
+/// A segment in the making.
+#[derive(Clone, Debug, Serialize)]
+pub struct Work {
+    /// `seal`, `merge` or `compact`.
+    pub kind: Kind,
+    /// Its collection's root, relative to the volume's.
+    pub directory: String,
+    /// Points that it is made of.
+    pub points: u64,
+    /// Of these, linked. What is left once all are is to write the file.
+    pub linked: u64,
+    /// Milliseconds since it began.
+    pub elapsed_ms: u64,
 }
 
 /// A segment that was given up; its files are read again.
@@ -163,6 +192,17 @@ impl Volume {
             });
         }
         let pending = collections.iter().map(|collection| collection.pending).sum();
+        let work = inner.background.work().map(|(work, linked)| {
+            let root = inner.collections.read().get(&work.collection).map(|collection| collection.row.lock().dir);
+            let directory = root.and_then(|dir| tree.dir_path(dir, FileId::ROOT)).unwrap_or_default();
+            Work {
+                kind: work.kind,
+                directory: String::from_utf8_lossy(&directory).into_owned(),
+                points: work.points,
+                linked,
+                elapsed_ms: work.since.elapsed().as_millis() as u64,
+            }
+        });
         Report {
             uuid: inner.uuid.clone(),
             sync: inner.sync_mode(),
@@ -170,6 +210,7 @@ impl Volume {
             files,
             collections,
             pending,
+            background: Background { paused: inner.background.is_paused(), rate: inner.background.rate(), work },
             oldest_pending_ms: oldest.map(|at| at.elapsed().as_millis() as u64),
             errors,
             quarantined: inner

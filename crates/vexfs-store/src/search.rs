@@ -2,15 +2,14 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
 
-use vexfs_index::{Effort, Metric, Neighbor, Request, VectorError};
+use vexfs_index::{Effort, Metric, Neighbor, Request, Until, VectorError};
 
 use crate::catalog::Fingerprint;
 use crate::collection::Collection;
 use crate::error::SearchError;
 use crate::id::FileId;
-use crate::part::{Late, Part, PartFilter, View};
+use crate::part::{Part, PartFilter, View};
 use crate::row::Row;
 use crate::segment::SegmentError;
 use crate::volume::{Inner, Volume};
@@ -19,8 +18,8 @@ use crate::volume::{Inner, Volume};
 pub const MAX_K: usize = 10_000;
 
 /// A question: what in `scope` is near `vector`?
-#[derive(Clone, Debug)]
-pub struct Query {
+#[derive(Clone)]
+pub struct Query<'a> {
     /// As many numbers as the collection's dimension.
     pub vector: Vec<f32>,
     /// How many hits, at most [`MAX_K`].
@@ -35,13 +34,13 @@ pub struct Query {
     pub scope: FileId,
     /// The point that the vector is from; it is no answer.
     pub exclude: Option<(FileId, u32)>,
-    /// When to give up.
-    pub deadline: Option<Instant>,
+    /// How long the answer is wanted.
+    pub until: Until<'a>,
 }
 
-impl Query {
+impl Query<'_> {
     /// The `k` nearest in the whole volume, with default effort and as long as it takes.
-    pub fn nearest(vector: Vec<f32>, k: usize) -> Query {
+    pub fn nearest(vector: Vec<f32>, k: usize) -> Query<'static> {
         Query {
             vector,
             k,
@@ -50,7 +49,7 @@ impl Query {
             max_distance: None,
             scope: FileId::ROOT,
             exclude: None,
-            deadline: None,
+            until: Until::default(),
         }
     }
 }
@@ -94,7 +93,7 @@ pub(crate) struct Candidate {
 impl Volume {
     /// Answers a query. `verdict` is asked once for each path of a file that would be a hit; a file that has none
     /// left is passed over for the next nearest, so `k` hits are returned where `k` exist.
-    pub fn search(&self, query: &Query, verdict: &mut Verdict<'_>) -> Result<Answer, SearchError> {
+    pub fn search(&self, query: &Query<'_>, verdict: &mut Verdict<'_>) -> Result<Answer, SearchError> {
         let inner = &*self.inner;
         let Some((metric, chosen)) = inner.choose(query, verdict)? else { return Ok(Answer::default()) };
         let k = query.k.min(MAX_K);
@@ -109,7 +108,7 @@ impl Volume {
             answer.hits.clear();
             for candidate in candidates {
                 // A verdict is a look at the file system, and there may be thousands.
-                in_time(query)?;
+                query.until.check()?;
                 let path = paths
                     .entry(candidate.file)
                     .or_insert_with(|| inner.permitted_path(candidate.file, query.scope, verdict));
@@ -132,13 +131,6 @@ impl Volume {
             // What was rejected once is filtered in the walk; ask for more to meet the next ones sooner.
             want = want.saturating_mul(2).max(k + 16);
         }
-    }
-}
-
-fn in_time(query: &Query) -> Result<(), SearchError> {
-    match query.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-        true => Err(SearchError::Deadline),
-        false => Ok(()),
     }
 }
 
@@ -171,7 +163,7 @@ type Chosen = (Metric, Vec<Arc<Collection>>);
 
 impl Inner {
     /// The collections that a query asks; `None` where the scope has none with points.
-    fn choose(&self, query: &Query, verdict: &mut Verdict<'_>) -> Result<Option<Chosen>, SearchError> {
+    fn choose(&self, query: &Query<'_>, verdict: &mut Verdict<'_>) -> Result<Option<Chosen>, SearchError> {
         match self.choose_of(query, self.related(query)?) {
             Err(SearchError::WrongDimension { .. } | SearchError::Incomparable(_)) => {}
             answer => return answer,
@@ -181,7 +173,7 @@ impl Inner {
     }
 
     /// Collections in the scope of which the asker may see something.
-    fn shown(&self, query: &Query, verdict: &mut Verdict<'_>) -> Result<Vec<Arc<Collection>>, SearchError> {
+    fn shown(&self, query: &Query<'_>, verdict: &mut Verdict<'_>) -> Result<Vec<Arc<Collection>>, SearchError> {
         let mut related = self.related(query)?;
         related.retain(|collection| self.shows_any(collection, query.scope, verdict));
         Ok(related)
@@ -198,7 +190,7 @@ impl Inner {
     }
 
     /// Collections with points in the scope.
-    fn related(&self, query: &Query) -> Result<Vec<Arc<Collection>>, SearchError> {
+    fn related(&self, query: &Query<'_>) -> Result<Vec<Arc<Collection>>, SearchError> {
         let all: Vec<Arc<Collection>> = self.collections.read().values().cloned().collect();
         let mut related: Vec<Arc<Collection>> = Vec::new();
         for collection in all {
@@ -211,7 +203,7 @@ impl Inner {
             for part in collection.parts.load().iter() {
                 let alive = part.index().len() as u64 > part.ended_points();
                 // One that begins above counts if it has files here.
-                if alive && (below || around && part.reaches(&self.tree, query.scope, query.deadline)?) {
+                if alive && (below || around && part.reaches(&self.tree, query.scope, query.until)?) {
                     asked = true;
                     break;
                 }
@@ -223,7 +215,7 @@ impl Inner {
         Ok(related)
     }
 
-    fn choose_of(&self, query: &Query, related: Vec<Arc<Collection>>) -> Result<Option<Chosen>, SearchError> {
+    fn choose_of(&self, query: &Query<'_>, related: Vec<Arc<Collection>>) -> Result<Option<Chosen>, SearchError> {
         let mut have = Vec::new();
         let mut fitting: Vec<(Metric, Arc<Collection>)> = Vec::new();
         for collection in related {
@@ -260,7 +252,7 @@ impl Inner {
     /// The nearest `want` rows of all parts, nearest first. A part that has rotted is given up, and the rest is asked.
     fn gather(
         &self,
-        query: &Query,
+        query: &Query<'_>,
         metric: Metric,
         chosen: &[Arc<Collection>],
         want: usize,
@@ -278,7 +270,7 @@ impl Inner {
 
     fn gather_from_sound(
         &self,
-        query: &Query,
+        query: &Query<'_>,
         metric: Metric,
         chosen: &[Arc<Collection>],
         want: usize,
@@ -298,10 +290,10 @@ impl Inner {
                     scope: (!whole).then_some(query.scope),
                     exclude: query.exclude,
                     rejected,
-                    deadline: query.deadline,
+                    until: query.until,
                 };
                 for part in parts.iter() {
-                    in_time(query)?;
+                    query.until.check().map_err(SearchError::from)?;
                     let mut ask = |filter: Option<&PartFilter<'_>>| {
                         let request = Request {
                             k: want + usize::from(query.exclude.is_some()),
@@ -309,13 +301,13 @@ impl Inner {
                             exact: query.exact,
                             max_distance: query.max_distance.map(|d| raw_distance(d, metric)),
                             filter: filter.map(|filter| filter as &dyn vexfs_index::Filter),
-                            deadline: query.deadline,
+                            until: query.until,
                             max_distances: None,
                         };
                         let stats = part
                             .index()
                             .search(&query.vector, &request, scratch, &mut neighbors)
-                            .map_err(|_| SearchError::Deadline)?;
+                            .map_err(SearchError::from)?;
                         *distances += stats.distances;
                         take(part, &view, &neighbors, &mut found)
                             .map_err(|error| Trouble::Rotten(Arc::clone(collection), Arc::clone(part), error))
@@ -340,12 +332,6 @@ impl Inner {
             (tree.paths(file, scope), tree.file(file)?.fingerprint.get())
         };
         paths.into_iter().find(|path| verdict(file, path, &fingerprint))
-    }
-}
-
-impl From<Late> for SearchError {
-    fn from(_: Late) -> SearchError {
-        SearchError::Deadline
     }
 }
 

@@ -105,11 +105,21 @@ pub struct Content<'a> {
     pub built: &'a Built,
 }
 
-/// Writes a segment and makes it durable. On an error no segment of this id exists.
-pub fn write(disk: &dyn Disk, id: SegmentId, content: &Content<'_>) -> io::Result<()> {
+/// Told of bytes that were read or written, it answers whether work is to go on, and when.
+pub type GoOn<'a> = &'a (dyn Fn(usize) -> bool + Sync);
+
+/// Writes a segment and makes it durable; also in between, as soon as `sync_every` bytes are not. On an error no segment of
+/// this id exists. What `go_on` answers is heeded as to when, not whether.
+pub fn write(
+    disk: &dyn Disk,
+    id: SegmentId,
+    content: &Content<'_>,
+    go_on: GoOn<'_>,
+    sync_every: usize,
+) -> io::Result<()> {
     let path = id.path();
     let temporary = format!("{path}.tmp");
-    let result = write_to(disk, &temporary, id, content)
+    let result = write_to(disk, &temporary, id, content, go_on, sync_every)
         .and_then(|()| disk.rename(&temporary, &path))
         .and_then(|()| disk.sync_dir("segments"))
         // The folder's own name: it may have been made just now.
@@ -125,10 +135,25 @@ pub fn write(disk: &dyn Disk, id: SegmentId, content: &Content<'_>) -> io::Resul
     result
 }
 
-fn write_to(disk: &dyn Disk, name: &str, id: SegmentId, content: &Content<'_>) -> io::Result<()> {
+fn write_to(
+    disk: &dyn Disk,
+    name: &str,
+    id: SegmentId,
+    content: &Content<'_>,
+    go_on: GoOn<'_>,
+    sync_every: usize,
+) -> io::Result<()> {
     let file = disk.open(name)?;
     file.set_len(0)?;
-    let mut out = Blocks { file: &*file, block: Vec::with_capacity(BLOCK), offset: 0, crcs: Vec::new() };
+    let mut out = Blocks {
+        file: &*file,
+        block: Vec::with_capacity(BLOCK),
+        offset: 0,
+        crcs: Vec::new(),
+        go_on,
+        sync_every,
+        unsynced: 0,
+    };
     let mut sections = Vec::new();
     let mut section = |out: &mut Blocks<'_>, fill: &dyn Fn(&mut Blocks<'_>) -> io::Result<()>| {
         out.align()?;
@@ -194,6 +219,9 @@ struct Blocks<'a> {
     block: Vec<u8>,
     offset: u64,
     crcs: Vec<u8>,
+    go_on: GoOn<'a>,
+    sync_every: usize,
+    unsynced: usize,
 }
 
 impl Blocks<'_> {
@@ -223,6 +251,12 @@ impl Blocks<'_> {
             self.file.write_at(self.offset, &self.block)?;
             self.crcs.extend_from_slice(&crc32c::crc32c(&self.block).to_le_bytes());
             self.offset += self.block.len() as u64;
+            self.unsynced += self.block.len();
+            if self.unsynced >= self.sync_every {
+                self.file.sync()?;
+                self.unsynced = 0;
+            }
+            (self.go_on)(self.block.len());
             self.block.clear();
         }
         Ok(())
@@ -279,9 +313,9 @@ impl Segment {
         self.vectors.prove_row(slot)
     }
 
-    /// Verifies what [`Segment::open`] left. False if it was stopped.
-    pub fn verify(&self, stop: &AtomicBool) -> Result<bool, SegmentError> {
-        self.vectors.prove_all(stop)
+    /// Verifies what [`Segment::open`] left. False if it was not to `go_on`.
+    pub fn verify(&self, go_on: GoOn<'_>) -> Result<bool, SegmentError> {
+        self.vectors.prove_all(go_on)
     }
 
     /// The files whose vectors it holds.
@@ -321,13 +355,16 @@ impl Unproven {
         Unproven { region, checksums, vectors, row_bytes, proven, all: AtomicBool::new(false) }
     }
 
-    fn prove(&self, block: usize) -> Result<(), SegmentError> {
-        let Some(proven) = self.proven.get(block - blocks_of(&self.vectors).start) else { return Ok(()) };
-        if !proven.load(Ordering::Relaxed) {
-            check_block(self.region.bytes(), &self.checksums, block)?;
-            proven.store(true, Ordering::Relaxed);
+    /// Bytes that had to be read for it.
+    fn prove(&self, block: usize) -> Result<usize, SegmentError> {
+        match self.proven.get(block - blocks_of(&self.vectors).start) {
+            Some(proven) if !proven.load(Ordering::Relaxed) => {
+                check_block(self.region.bytes(), &self.checksums, block)?;
+                proven.store(true, Ordering::Relaxed);
+                Ok(BLOCK)
+            }
+            _ => Ok(0),
         }
-        Ok(())
     }
 
     fn prove_row(&self, slot: usize) -> Result<(), SegmentError> {
@@ -335,15 +372,14 @@ impl Unproven {
             return Ok(());
         }
         let start = self.vectors.start + slot * self.row_bytes;
-        blocks_of(&(start..start + self.row_bytes)).try_for_each(|block| self.prove(block))
+        blocks_of(&(start..start + self.row_bytes)).try_for_each(|block| self.prove(block).map(|_| ()))
     }
 
-    fn prove_all(&self, stop: &AtomicBool) -> Result<bool, SegmentError> {
+    fn prove_all(&self, go_on: GoOn<'_>) -> Result<bool, SegmentError> {
         for block in blocks_of(&self.vectors) {
-            if stop.load(Ordering::Relaxed) {
+            if !go_on(self.prove(block)?) {
                 return Ok(false);
             }
-            self.prove(block)?;
         }
         self.all.store(true, Ordering::Relaxed);
         Ok(true)

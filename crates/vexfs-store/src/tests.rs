@@ -1,6 +1,7 @@
 //! A volume on a disk in memory: what holds without trouble, and at every call that fails or is the last before power
 //! is cut.
 
+mod background;
 mod beside;
 mod crash;
 mod gone;
@@ -11,7 +12,7 @@ mod world;
 
 use std::sync::Arc;
 
-use vexfs_index::Element;
+use vexfs_index::{Element, Until};
 
 use crate::disk::{DirDisk, Disk, Fault, MemDisk, write_small};
 use crate::*;
@@ -47,7 +48,7 @@ fn put_link(volume: &Volume, file: u64, link: Link, rows: &[&[f32]]) {
     assert!(volume.put(file, print(rows.len() as u64), &target, room).unwrap());
 }
 
-fn nearest(vector: &[f32], k: usize) -> Query {
+fn nearest(vector: &[f32], k: usize) -> Query<'static> {
     Query {
         // What is kept is asked here, not how well a walk finds it.
         exact: true,
@@ -328,7 +329,7 @@ fn a_removed_vectors_bytes_are_gone_from_every_file_after_a_purge() {
     }
     let secret = [0.123_456_7_f32, -0.765_432_1, 0.333_221_1, 0.411_922_8];
     put(&volume, 50, "secret.vec", &[&secret]);
-    volume.optimize(false).unwrap();
+    volume.optimize(false, &|| false).unwrap();
     let stored = volume.vector(FileId(50), 0).unwrap();
     let bytes: Vec<u8> = stored.iter().flat_map(|number| number.to_le_bytes()).collect();
     let holds = |disk: &MemDisk| {
@@ -336,7 +337,7 @@ fn a_removed_vectors_bytes_are_gone_from_every_file_after_a_purge() {
     };
     assert!(holds(&disk), "it was sealed");
     volume.unlink(FileId(50), &link("secret.vec"));
-    volume.optimize(true).unwrap();
+    volume.optimize(true, &|| false).unwrap();
     assert!(!holds(&disk));
     assert!(!holds(&disk.crash()), "nor after a power cut");
     assert_eq!(near(&volume, &bulk(1)[..4], 1), ["1.npy"]);
@@ -351,7 +352,7 @@ fn what_settle_waited_for_is_linked_and_durable() {
     put_bulk(&volume, 10, "bulk.npy", 1);
     put(&volume, 11, "small.vec", &[&[9.0, 9.0, 9.0, 9.0]]);
     assert!(volume.report(FileId::ROOT).oldest_pending_ms.is_some());
-    volume.settle().unwrap();
+    volume.settle(&|| false).unwrap();
     let report = volume.report(FileId::ROOT);
     assert_eq!((report.pending, report.oldest_pending_ms), (0, None));
     let (volume, recovery) = open(&disk.crash()).unwrap();
@@ -387,10 +388,10 @@ fn what_a_budget_has_no_room_for_is_built_in_a_file() {
         put_bulk(&volume, 10, "0.npy", 0);
         assert_eq!(disk.scratched() >= bytes, in_files, "its rows");
         put_bulk(&volume, 11, "1.npy", 1);
-        volume.settle().unwrap();
+        volume.settle(&|| false).unwrap();
         assert_eq!(disk.scratched() >= 2 * bytes + 2 * BULK_ROWS as u64 * 128, in_files, "links too");
         let before = disk.scratched();
-        volume.optimize(false).unwrap();
+        volume.optimize(false, &|| false).unwrap();
         assert_eq!(disk.scratched() >= before + 2 * bytes, in_files, "rows that are gathered");
         assert_eq!(volume.report(FileId::ROOT).collections[0].segments, 1);
         for n in 0..2 {
@@ -411,12 +412,12 @@ fn a_build_without_room_on_the_disk_fails_loses_nothing_and_is_done_when_there_i
     disk.fail_at(disk.calls(), Fault::Always(rustix::io::Errno::NOSPC.raw_os_error()));
     let collection = volume.inner.collections.read().values().next().cloned().unwrap();
     let inputs = Vec::from(&collection.parts.load()[1..]);
-    let error = maintain::rewrite(&volume.inner, &collection, &inputs).unwrap_err();
+    let error = maintain::rewrite(&volume.inner, &collection, &inputs, &|_| true).unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::StorageFull);
     assert_eq!(disk.scratched(), scratched);
     assert_eq!(near(&volume, &bulk(0)[..4], 1), ["0.npy"]);
     disk.heal();
-    assert!(maintain::rewrite(&volume.inner, &collection, &inputs).unwrap());
+    assert!(maintain::rewrite(&volume.inner, &collection, &inputs, &|_| true).unwrap());
     assert_eq!(near(&volume, &bulk(0)[..4], 1), ["0.npy"]);
 }
 
@@ -459,9 +460,9 @@ fn a_search_whose_looks_at_files_take_too_long_stops_at_its_deadline() {
         put(&volume, 10 + n, &format!("{n}.vec"), &[&[1.0, n as f32]]);
     }
     let now = std::time::Instant::now();
-    let deadline = Some(now + std::time::Duration::from_millis(30));
+    let until = Until { deadline: Some(now + std::time::Duration::from_millis(30)), ..Until::default() };
     let mut looks = 0;
-    let answer = volume.search(&Query { deadline, ..nearest(&[1.0, 1.0], 40) }, &mut |_, _, _| {
+    let answer = volume.search(&Query { until, ..nearest(&[1.0, 1.0], 40) }, &mut |_, _, _| {
         looks += 1;
         std::thread::sleep(std::time::Duration::from_millis(5));
         true
@@ -476,10 +477,10 @@ fn a_barrier_tells_of_a_disk_that_is_full() {
     let (volume, _) = open(&disk).unwrap();
     disk.fail_at(disk.calls(), Fault::Always(28));
     put_bulk(&volume, 10, "bulk.npy", 1);
-    assert!(volume.settle().is_err());
+    assert!(volume.settle(&|| false).is_err());
     assert_eq!(near(&volume, &bulk(1)[..4], 1), ["bulk.npy"], "searches go on");
     disk.heal();
-    while volume.settle().is_err() {}
+    while volume.settle(&|| false).is_err() {}
     assert_eq!(volume.report(FileId::ROOT).pending, 0);
 }
 

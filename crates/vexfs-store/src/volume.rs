@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use serde::{Deserialize, Serialize};
 use vexfs_index::Scratch;
 
+use crate::background::Background;
 use crate::budget::Budget;
 use crate::catalog::{Catalog, Changes, CollectionRow, Content, FileRow, Meta, Rows, SourceMark};
 use crate::collection::Collection;
@@ -56,6 +57,8 @@ pub struct Options {
     pub threads: usize,
     /// Bytes that may be kept in memory, see `budget.rs`; `None`: as many as are useful.
     pub memory: Option<u64>,
+    /// Bytes a second that the work behind may read and write; `None`: as many as it can.
+    pub background_rate: Option<u64>,
     /// Which boot of the machine this is: in another one than the last, power may have been lost.
     pub boot: String,
     /// So that fewer files must be read again after a power cut; without it all since the volume was made.
@@ -72,6 +75,7 @@ impl Options {
             locate: None,
             threads: 1,
             memory: None,
+            background_rate: None,
             boot: String::new(),
             sync_source: None,
         }
@@ -91,6 +95,7 @@ pub(crate) struct Writer {
 pub(crate) struct Inner {
     pub(crate) options: Options,
     pub(crate) budget: Budget,
+    pub(crate) background: Background,
     pub(crate) sync: AtomicU8,
     pub(crate) uuid: String,
     pub(crate) tree: RwLock<Tree>,
@@ -195,6 +200,16 @@ impl Volume {
         self.inner.sync.store(mode as u8, Ordering::Relaxed);
     }
 
+    /// Holds linking, sealing, merging and verifying back, or lets them go on. Not while somebody waits for them.
+    pub fn pause(&self, paused: bool) {
+        self.inner.background.pause(paused);
+    }
+
+    /// Bounds the bytes a second that sealing, merging and verifying read and write; 0: no bound.
+    pub fn set_background_rate(&self, rate: u64) {
+        self.inner.background.set_rate(rate);
+    }
+
     /// The volume's identity, as in `volume.toml`.
     pub fn uuid(&self) -> &str {
         &self.inner.uuid
@@ -212,6 +227,7 @@ impl Volume {
         self.inner.tended.store(false, Ordering::Release);
         self.inner.stop.store(true, Ordering::Release);
         self.inner.wake();
+        self.inner.background.wake();
         for thread in self.threads.drain(..) {
             thread.thread().unpark();
             if thread.join().is_err() {
@@ -338,6 +354,7 @@ fn load(
     }
     Ok(Inner {
         budget: Budget::new(options.memory),
+        background: Background::new(options.background_rate.unwrap_or(0)),
         sync: AtomicU8::new(options.sync as u8),
         disk,
         options,
@@ -446,6 +463,11 @@ impl Inner {
     pub(crate) fn warm(&self, segment: &Segment) {
         let names = self.tree.read().bytes();
         self.budget.warm(segment, names);
+    }
+
+    /// See [`Background::go_on`].
+    pub(crate) fn go_on(&self, bytes: usize) -> bool {
+        self.background.go_on(&self.stop, bytes)
     }
 
     /// Tells the threads that there is work.

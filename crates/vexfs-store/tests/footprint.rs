@@ -66,8 +66,8 @@ fn taken(files: u64) -> (usize, usize) {
     let before = TAKEN.load(Ordering::Relaxed);
     let volume = open(dir.path());
     (0..files).for_each(|n| put(&volume, n));
-    volume.optimize(false).unwrap();
-    volume.settle().unwrap();
+    volume.optimize(false, &|| false).unwrap();
+    volume.settle(&|| false).unwrap();
     let written = TAKEN.load(Ordering::Relaxed) - before;
     volume.close().unwrap();
     let before = TAKEN.load(Ordering::Relaxed);

@@ -39,6 +39,9 @@ pub struct MountArgs {
     /// file, take the place of copies, and are kept also where they are more [default: what is useful].
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     memory: Option<u64>,
+    /// Bytes a second that sealing, merging and verifying may read and write behind, such as 20M [default: no bound].
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    background_rate: Option<u64>,
     /// I promise that the source is changed through this mount alone: the kernel keeps names and directories' attributes
     /// for as long as it likes, and the source isn't watched. A change beneath may stay unseen.
     #[arg(long)]
@@ -94,6 +97,7 @@ pub fn mount(args: MountArgs, called: &[OsString]) -> Result<(), String> {
             Sync::Lazy => SyncMode::Lazy,
         },
         memory: args.memory,
+        background_rate: args.background_rate,
         exclusive: args.exclusive,
         strict: args.strict,
         options: args.options,

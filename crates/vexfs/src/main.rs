@@ -48,6 +48,8 @@ enum Command {
     Optimize(upkeep::OptimizeArgs),
     /// Wait until all that happened is durable, and if asked linked.
     Sync(upkeep::SyncArgs),
+    /// Hold the work behind back, let it go on, or bound what it reads and writes.
+    Background(upkeep::BackgroundArgs),
     /// Measure.
     Bench(BenchArgs),
 }
@@ -94,6 +96,7 @@ fn main() -> ExitCode {
         Command::Rebuild(args) => upkeep::rebuild(&args),
         Command::Optimize(args) => upkeep::optimize(&args),
         Command::Sync(args) => upkeep::sync(&args),
+        Command::Background(args) => upkeep::background(&args),
         Command::Bench(BenchArgs { what: BenchCommand::Index(args) }) => bench::index::index(&args),
         Command::Bench(BenchArgs { what: BenchCommand::Fs(args) }) => bench::fs::run(&args),
         Command::Bench(BenchArgs { what: BenchCommand::Filter(args) }) => bench::filter::filter(&args),

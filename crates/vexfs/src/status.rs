@@ -89,6 +89,28 @@ fn print(volume: &Value) {
         Some(age) => println!("  pending    {}, the oldest for {age} ms", number(volume, "pending")),
         None => println!("  pending    {}", number(volume, "pending")),
     }
+    let background = &volume["background"];
+    let work = &background["work"];
+    let mut said = Vec::new();
+    if background["paused"] == true {
+        said.push("paused".to_owned());
+    }
+    if let Some(rate) = background["rate"].as_u64() {
+        said.push(format!("at most {rate} bytes a second"));
+    }
+    if work.is_object() {
+        said.push(format!(
+            "{} of /{}: {} of {} points linked in {} ms",
+            text(work, "kind"),
+            text(work, "directory"),
+            number(work, "linked"),
+            number(work, "points"),
+            number(work, "elapsed_ms")
+        ));
+    }
+    if !said.is_empty() {
+        println!("  background {}", said.join(", "));
+    }
     for collection in volume["collections"].as_array().into_iter().flatten() {
         println!(
             "  collection /{}: {} points of {} x {}, {}, {} segments",

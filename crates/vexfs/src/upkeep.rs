@@ -1,4 +1,4 @@
-//! `vexfs check`, `rebuild`, `optimize` and `sync`.
+//! `vexfs check`, `rebuild`, `optimize`, `sync` and `background`.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -54,6 +54,24 @@ pub struct SyncArgs {
     /// Link new vectors so from now on.
     #[arg(long, value_enum)]
     mode: Option<Mode>,
+}
+
+/// Arguments of `vexfs background`. What somebody waits for (`sync --indexed`, `optimize`, room for more vectors, an unmount)
+/// goes on whatever was said here.
+#[derive(Args)]
+pub struct BackgroundArgs {
+    /// A directory in a mounted volume.
+    #[arg(default_value = ".")]
+    path: PathBuf,
+    /// Hold linking, sealing, merging and verifying back, until they are let go on or the volume is unmounted.
+    #[arg(long, conflicts_with = "resume", required_unless_present_any = ["resume", "rate"])]
+    pause: bool,
+    /// Let them go on.
+    #[arg(long)]
+    resume: bool,
+    /// Bytes a second that sealing, merging and verifying may read and write, such as 20M; 0 for no bound.
+    #[arg(long, value_name = "BYTES", value_parser = crate::daemon::bytes)]
+    rate: Option<u64>,
 }
 
 /// When new vectors are linked.
@@ -123,6 +141,18 @@ pub fn sync(args: &SyncArgs) -> Result<(), String> {
         None => {}
     }
     command(&args.path, if args.indexed { "sync indexed" } else { "sync" })
+}
+
+/// Holds back, or lets go on.
+pub fn background(args: &BackgroundArgs) -> Result<(), String> {
+    if let Some(rate) = args.rate {
+        command(&args.path, &format!("background rate {rate}"))?;
+    }
+    match (args.pause, args.resume) {
+        (true, _) => command(&args.path, "background pause"),
+        (_, true) => command(&args.path, "background resume"),
+        _ => Ok(()),
+    }
 }
 
 /// Writes a command to the control file; returns when it is done.

@@ -1,5 +1,3 @@
-use std::sync::atomic::AtomicBool;
-
 use super::*;
 use crate::graph::Graph;
 use crate::raw::Place;
@@ -22,7 +20,7 @@ fn rows(space: &Space, n: usize) -> Vec<u8> {
 
 fn sealed(n: usize) -> Sealed {
     let space = Space::new(5, Metric::L2, Element::F32).unwrap();
-    let sections = build(&space, &rows(&space, n), &Params::default(), 1, &AtomicBool::new(false)).unwrap();
+    let sections = build(&space, &rows(&space, n), &Params::default(), 1, &|| true).unwrap();
     Sealed::open(space, region(&sections.vectors), region(&sections.codes), region(&sections.graph)).unwrap()
 }
 
@@ -121,7 +119,7 @@ fn a_point_that_lost_its_links_is_named() {
 #[test]
 fn any_bytes_of_links_are_looked_at_without_a_panic() {
     let space = Space::new(2, Metric::L2, Element::F32).unwrap();
-    let sections = build(&space, &rows(&space, 1_100), &Params::default(), 1, &AtomicBool::new(false)).unwrap();
+    let sections = build(&space, &rows(&space, 1_100), &Params::default(), 1, &|| true).unwrap();
     let mut state = 5u64;
     for _ in 0..40 {
         let mut graph = sections.graph.clone();

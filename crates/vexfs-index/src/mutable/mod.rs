@@ -192,7 +192,7 @@ impl Mutable {
         pin: &Pin<'_>,
         query: &Prepared,
         request: &Request<'_>,
-        budget: &mut Budget,
+        budget: &mut Budget<'_>,
         scratch: &mut Scratch,
     ) -> Result<(), SearchError> {
         scratch.best.clear();
@@ -214,7 +214,7 @@ impl Mutable {
         query: &Prepared,
         (request, ef): (&Request<'_>, usize),
         (entry, top): (u32, usize),
-        budget: &mut Budget,
+        budget: &mut Budget<'_>,
         scratch: &mut Scratch,
     ) -> Result<(), SearchError> {
         let distance = |node: u32| pin.row(node).map_or(f32::INFINITY, |row| query.distance(row));
@@ -322,7 +322,7 @@ impl Mutable {
         &self,
         query: &Prepared,
         request: &Request<'_>,
-        budget: &mut Budget,
+        budget: &mut Budget<'_>,
         scratch: &mut Scratch,
     ) -> Result<(), SearchError> {
         let pin = self.cells.pin();

@@ -68,7 +68,7 @@ fn bits_are_searched_in_every_form_with_exact_distances() {
         let points = near_centres(&mut random, dim, 6_000);
         let mut rows = Vec::new();
         points.iter().for_each(|point| space.encode(point, &mut rows).unwrap());
-        let sections = build(&space, &rows, &Params::default(), 2, &AtomicBool::new(false)).unwrap();
+        let sections = build(&space, &rows, &Params::default(), 2, &|| true).unwrap();
         assert!(sections.codes.is_empty(), "rows are their own codes");
         let head = Mutable::new(space, Params::default());
         let mut scratch = Scratch::default();

@@ -1,5 +1,3 @@
-use std::sync::atomic::AtomicBool;
-
 use crate::sealed::header;
 use crate::{Element, Metric, Params, Sealed, Space, build, region, region_from};
 
@@ -12,7 +10,7 @@ fn an_inner_product_graph_that_was_just_built_is_sound() {
         let row: Vec<f32> = (0..4).map(|at| ((n * 7919 + at * 104_729) % 1_000) as f32 / 500.0 - 1.0).collect();
         space.encode(&row, &mut rows).unwrap();
     }
-    let built = build(&space, &rows, &Params::default(), 1, &AtomicBool::new(false)).unwrap();
+    let built = build(&space, &rows, &Params::default(), 1, &|| true).unwrap();
     let index = Sealed::open(space, region(&built.vectors), region(&built.codes), region(&built.graph)).unwrap();
     assert!(index.explore().connectivity().unreachable > 0, "this is what the test is about");
     assert_eq!(index.verify(), Ok(()));
@@ -32,7 +30,7 @@ fn a_link_to_nowhere_and_a_node_without_links_to_it_are_found() {
             .collect();
         space.encode(&row, &mut rows).unwrap();
     }
-    let built = build(&space, &rows, &Params::default(), 1, &AtomicBool::new(false)).unwrap();
+    let built = build(&space, &rows, &Params::default(), 1, &|| true).unwrap();
     let (vectors, codes) = (region(&built.vectors), region(&built.codes));
     let open = |graph: Vec<u8>| Sealed::open(space, vectors.clone(), codes.clone(), region_from(graph)).unwrap();
     assert_eq!(open(built.graph.clone()).verify(), Ok(()));

@@ -60,11 +60,11 @@ fn searches_beside_seals_merges_and_deletes_miss_nothing_and_see_nothing_twice()
                     maintain::freeze(inner, &collection);
                     let parts = collection.parts.load_full();
                     for part in parts.iter().skip(1).filter(|part| part.as_segment().is_none()) {
-                        maintain::rewrite(inner, &collection, std::slice::from_ref(part)).unwrap();
+                        maintain::rewrite(inner, &collection, std::slice::from_ref(part), &|_| true).unwrap();
                     }
                     let merged: Vec<_> = collection.parts.load().iter().skip(1).cloned().collect();
                     if merged.len() > 2 {
-                        maintain::rewrite(inner, &collection, &merged).unwrap();
+                        maintain::rewrite(inner, &collection, &merged, &|_| true).unwrap();
                     }
                 }
             }

@@ -1,7 +1,7 @@
 //! What is kept of files, segments and collections that are gone, and what becomes of what was on its way to them.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use vexfs_index::{Element, Index, Metric, Params, Place, Space, build_in};
@@ -28,7 +28,7 @@ fn seal(volume: &Volume, dir: u64) -> (Arc<Collection>, Arc<Part>) {
     let collection = inner.collections.read().get(&id).cloned().unwrap();
     maintain::freeze(inner, &collection);
     let waiting: Vec<_> = collection.parts.load().iter().skip(1).cloned().collect();
-    assert!(maintain::rewrite(inner, &collection, &waiting).unwrap());
+    assert!(maintain::rewrite(inner, &collection, &waiting, &|_| true).unwrap());
     let part = collection.parts.load().last().cloned().unwrap();
     (collection, part)
 }
@@ -46,13 +46,13 @@ fn of_a_file_that_ended_a_segment_counts_the_rows_that_it_has() {
     let mut rows = Vec::new();
     (0..3).for_each(|n| space.encode(&[n as f32, 1.0], &mut rows).unwrap());
     let params = Params::default();
-    let built = build_in(Place::Memory, &space, &rows, &params, 1, &AtomicBool::new(false)).unwrap().unwrap();
+    let built = build_in(Place::Memory, &space, &rows, &params, 1, &|| true).unwrap().unwrap();
     let readings = [(10, 1_000), (11, 2)].map(|(file, rows)| Reading::unborn(FileId(file), rows));
     let files =
         readings.each_ref().map(|r| SegmentFile { file: r.file, generation: Generation(r.file.0), rows: r.rows });
     let points = [(0, 7), (1, 0), (1, 1)];
     let content = segment::Content { space, files: &files, points: &points, rows: &rows, built: &built };
-    segment::write(&disk, SegmentId(1), &content).unwrap();
+    segment::write(&disk, SegmentId(1), &content, &|_| true, usize::MAX).unwrap();
     readings[0].end(0);
     let part = Part::sealed(Segment::open(&disk, SegmentId(1)).unwrap(), readings.to_vec());
     assert_eq!(part.ended_points(), 1);
@@ -80,7 +80,7 @@ fn the_budget_for_copies_is_whole_when_the_segments_are_gone() {
         volume.inner.warm(part.as_segment().unwrap());
         if n == 1 {
             volume.inner.quarantine(&collection, &part, &SegmentError::Malformed("for a test"));
-            assert!(maintain::rewrite(&volume.inner, &collection, &[part]).unwrap());
+            assert!(maintain::rewrite(&volume.inner, &collection, &[part], &|_| true).unwrap());
         }
     }
 }
@@ -94,7 +94,7 @@ fn a_segment_that_cannot_be_opened_leaves_no_file() {
     let collection = volume.inner.collections.read().values().next().cloned().unwrap();
     let inputs = Vec::from(&collection.parts.load()[1..]);
     disk.fail_reads_from(disk.reads(), rustix::io::Errno::MFILE.raw_os_error());
-    maintain::rewrite(&volume.inner, &collection, &inputs).unwrap_err();
+    maintain::rewrite(&volume.inner, &collection, &inputs, &|_| true).unwrap_err();
     disk.heal();
     assert!(disk.list("segments").unwrap().is_empty());
     assert_eq!(near(&volume, &bulk(0)[..4], 1), ["0.npy"]);
@@ -107,7 +107,7 @@ fn of_a_removed_directory_no_segment_stays() {
     let (volume, _) = open(&disk).unwrap();
     volume.set_dir(FileId(5), link("dir"));
     put_at(&volume, 5, 10, &bulk(1), 4);
-    volume.settle().unwrap();
+    volume.settle(&|| false).unwrap();
     assert_eq!(disk.list("segments").unwrap().len(), 1);
     volume.unlink(FileId(10), &at(5, "10.npy"));
     volume.remove_dir(FileId(5));
@@ -238,7 +238,7 @@ fn a_head_that_is_mostly_dead_is_sealed() {
         most = most.max(head.index().len());
         let waiting: Vec<_> = collection.parts.load().iter().skip(1).cloned().collect();
         if !waiting.is_empty() {
-            maintain::rewrite(&volume.inner, &collection, &waiting).unwrap();
+            maintain::rewrite(&volume.inner, &collection, &waiting, &|_| true).unwrap();
         }
     }
     assert!((4_096..6_000).contains(&most), "{most}");

@@ -74,7 +74,7 @@ fn when_the_thread_that_seals_panics_nobody_waits_for_it_and_the_status_says_so(
     for n in 0..6 {
         put_bulk(&volume, 10 + n, &format!("{n}.npy"), n);
     }
-    volume.settle().unwrap_err();
+    volume.settle(&|| false).unwrap_err();
     disk.unwatch();
     let said = volume.report(FileId::ROOT).last_error.unwrap();
     assert!(said.contains("vexfs-seal"), "{said}");

@@ -46,7 +46,7 @@ fn seal(volume: &Volume) {
         maintain::freeze(&volume.inner, &collection);
         let parts = collection.parts.load_full();
         for part in parts.iter().skip(1).filter(|part| part.as_segment().is_none()) {
-            assert!(maintain::rewrite(&volume.inner, &collection, std::slice::from_ref(part)).unwrap());
+            assert!(maintain::rewrite(&volume.inner, &collection, std::slice::from_ref(part), &|_| true).unwrap());
         }
     }
 }

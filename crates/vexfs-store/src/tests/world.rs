@@ -451,7 +451,7 @@ impl World {
             maintain::freeze(&self.volume.inner, &collection);
             let parts = collection.parts.load_full();
             for part in parts.iter().skip(1).filter(|part| part.as_segment().is_none()) {
-                maintain::rewrite(&self.volume.inner, &collection, std::slice::from_ref(part))?;
+                maintain::rewrite(&self.volume.inner, &collection, std::slice::from_ref(part), &|_| true)?;
             }
         }
         Ok(())
@@ -464,7 +464,7 @@ impl World {
             let parts = collection.parts.load_full();
             let segments: Vec<_> = parts.iter().filter(|part| part.as_segment().is_some()).cloned().collect();
             if !segments.is_empty() {
-                maintain::rewrite(&self.volume.inner, &collection, &segments)?;
+                maintain::rewrite(&self.volume.inner, &collection, &segments, &|_| true)?;
             }
         }
         Ok(())

@@ -1,7 +1,6 @@
 //! `vexfs bench filter`: filtered searches beside the unfiltered one and beside an exact scan of what is allowed.
 
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use clap::Args;
@@ -68,8 +67,7 @@ pub fn filter(args: &FilterArgs) -> Result<(), String> {
     let n = bytes.len() / space.row_bytes();
     let queries: Vec<_> = read_queries(&args.queries, &space)?.into_iter().take(args.count).collect();
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let sections =
-        build(&space, &bytes, &Params::default(), threads, &AtomicBool::new(false)).ok_or("the build was stopped")?;
+    let sections = build(&space, &bytes, &Params::default(), threads, &|| true).ok_or("the build was stopped")?;
     drop(bytes);
     let index =
         Sealed::open(space, region_from(sections.vectors), region_from(sections.codes), region_from(sections.graph))

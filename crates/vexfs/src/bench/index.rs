@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use clap::Args;
@@ -173,8 +173,7 @@ pub fn index(args: &IndexArgs) -> Result<(), String> {
         ..Params::default()
     };
     let began = Instant::now();
-    let sections =
-        build(&space, rows.bytes(), &params, threads, &AtomicBool::new(false)).ok_or("the build was stopped")?;
+    let sections = build(&space, rows.bytes(), &params, threads, &|| true).ok_or("the build was stopped")?;
     let build_seconds = began.elapsed().as_secs_f64();
     drop(rows);
     let order = sections.order;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use serde_json::json;
-use vexfs_fs::index::{Element, Metric, Mutable, Params, Scratch, Space, build};
+use vexfs_fs::index::{Element, Metric, Mutable, Params, Scratch, Space, Until, build};
 use vexfs_fs::store::disk::DirDisk;
 use vexfs_fs::store::{FileId, Fingerprint, Link, Options, Query, SyncMode, Volume};
 
@@ -93,7 +93,7 @@ fn put(volume: &Volume, file: u64, rows: &[u8], base: &Rows, time: i128) -> Resu
     Ok(())
 }
 
-fn query(base: &Rows, row: usize, k: usize, exact: bool) -> Query {
+fn query(base: &Rows, row: usize, k: usize, exact: bool) -> Query<'static> {
     let mut vector = Vec::new();
     base.space.decode(&base.bytes[row * base.space.row_bytes()..][..base.space.row_bytes()], &mut vector);
     Query { exact, ..Query::nearest(vector, k) }
@@ -169,7 +169,7 @@ fn inserts(volume: &Volume, base: &Rows, what: What) -> Result<serde_json::Value
     let seconds = began.elapsed().as_secs_f64();
     volume.commit().map_err(|error| error.to_string())?;
     let durable = began.elapsed().as_secs_f64();
-    volume.settle().map_err(|error| error.to_string())?;
+    volume.settle(&|| false).map_err(|error| error.to_string())?;
     let rate = count as f64 / seconds;
     let mut line = json!({
         "points": count,
@@ -197,7 +197,7 @@ fn bulk(volume: &Volume, base: &Rows) -> Result<serde_json::Value, String> {
     let began = Instant::now();
     put(volume, 0, &base.bytes, base, 1)?;
     let visible = began.elapsed().as_secs_f64();
-    volume.settle().map_err(|error| error.to_string())?;
+    volume.settle(&|| false).map_err(|error| error.to_string())?;
     let linked = began.elapsed().as_secs_f64();
     let points = base.bytes.len() / base.space.row_bytes();
     Ok(json!({ "points": points, "visible_s": visible, "linked_s": linked }))
@@ -207,7 +207,7 @@ fn build_alone(args: &StoreArgs) -> Result<f64, String> {
     let base = read_filled(args)?;
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let began = Instant::now();
-    let sections = build(&base.space, &base.bytes, &Params::default(), threads, &AtomicBool::new(false));
+    let sections = build(&base.space, &base.bytes, &Params::default(), threads, &|| true);
     let seconds = began.elapsed().as_secs_f64();
     sections.map(|_| seconds).ok_or_else(|| "the build was interrupted".to_owned())
 }
@@ -242,11 +242,16 @@ fn first_answer(args: &StoreArgs) -> Result<serde_json::Value, String> {
 }
 
 /// Searches with too little time, exact and not: how many gave up, and how long after the deadline the latest answered.
-fn deadlines(volume: &Volume, queries: &[Query]) -> (usize, f64) {
+fn deadlines(volume: &Volume, queries: &[Query<'_>]) -> (usize, f64) {
     let (mut gave_up, mut latest) = (0, 0f64);
     for (n, query) in queries.iter().enumerate() {
         let deadline = Instant::now() + Duration::from_micros(20 * n as u64);
-        let hasty = Query { deadline: Some(deadline), exact: n % 2 == 0, k: 1 + n, ..query.clone() };
+        let hasty = Query {
+            until: Until { deadline: Some(deadline), ..Until::default() },
+            exact: n % 2 == 0,
+            k: 1 + n,
+            ..query.clone()
+        };
         gave_up += usize::from(volume.search(&hasty, &mut |_, _, _| true).is_err());
         latest = latest.max(Instant::now().saturating_duration_since(deadline).as_secs_f64());
     }
@@ -257,7 +262,7 @@ fn deadlines(volume: &Volume, queries: &[Query]) -> (usize, f64) {
 const QUERIES: usize = 500;
 
 /// Searches from all cores; how many a second, and the most anonymous memory that the process had, KiB.
-fn load(volume: &Volume, queries: &[Query], time: Duration) -> Result<(f64, u64), String> {
+fn load(volume: &Volume, queries: &[Query<'_>], time: Duration) -> Result<(f64, u64), String> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let done = AtomicU64::new(0);
     let began = Instant::now();
@@ -307,7 +312,7 @@ fn joined<T>(thread: std::thread::ScopedJoinHandle<'_, Result<T, String>>) -> Re
 type Points = Vec<(FileId, u32)>;
 
 /// What a query finds, and what an exact one does.
-fn asked(volume: &Volume, query: &Query) -> Result<(Points, Points), String> {
+fn asked(volume: &Volume, query: &Query<'_>) -> Result<(Points, Points), String> {
     let ask = |exact| {
         let answer = volume.search(&Query { exact, ..query.clone() }, &mut |_, _, _| true);
         let hits = answer.map_err(|error| error.to_string())?.hits;
@@ -327,11 +332,11 @@ fn anonymous() -> Result<u64, String> {
 const FILE_ROWS: usize = 100;
 
 /// So many queries, rows spread over the first `count`.
-fn from_all_over(base: &Rows, count: usize, queries: usize) -> Vec<Query> {
+fn from_all_over(base: &Rows, count: usize, queries: usize) -> Vec<Query<'static>> {
     (0..queries).map(|n| query(base, n * count / queries, 10, false)).collect()
 }
 
-fn recall(volume: &Volume, queries: &[Query]) -> Result<f64, String> {
+fn recall(volume: &Volume, queries: &[Query<'_>]) -> Result<f64, String> {
     let (mut right, mut all) = (0, 0);
     for query in queries {
         let (found, truth) = asked(volume, query)?;
@@ -353,13 +358,13 @@ fn space(dir: &Path) -> Result<u64, String> {
 const CHURN_QUERIES: usize = 1_000;
 
 /// The recall of a store that was filled with these files and compacted, nothing else.
-fn fresh_recall(dir: &Path, base: &Rows, files: &[&[u8]], queries: &[Query]) -> Result<f64, String> {
+fn fresh_recall(dir: &Path, base: &Rows, files: &[&[u8]], queries: &[Query<'_>]) -> Result<f64, String> {
     let volume = open(dir, SyncMode::Lazy, None)?;
     config(&volume, base);
     for (n, rows) in files.iter().enumerate() {
         put(&volume, n as u64, rows, base, 0)?;
     }
-    volume.optimize(false).map_err(|error| error.to_string())?;
+    volume.optimize(false, &|| false).map_err(|error| error.to_string())?;
     let recall = recall(&volume, queries)?;
     drop(volume);
     std::fs::remove_dir_all(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
@@ -375,7 +380,7 @@ fn churn(volume: &Volume, base: &Rows, dir: &Path) -> Result<serde_json::Value, 
     for (n, rows) in files.iter().enumerate() {
         put(volume, n as u64, rows, base, 0)?;
     }
-    volume.optimize(false).map_err(|error| error.to_string())?;
+    volume.optimize(false, &|| false).map_err(|error| error.to_string())?;
     let queries = from_all_over(base, all.len() * FILE_ROWS, CHURN_QUERIES);
     let live = space(dir)?;
     let (mut recalls, mut fresh, mut spaces, mut segments) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
@@ -384,7 +389,7 @@ fn churn(volume: &Volume, base: &Rows, dir: &Path) -> Result<serde_json::Value, 
             files[n] = all[if round % 4 < 2 { half + n } else { n }];
             put(volume, n as u64, files[n], base, round as i128 + 1)?;
         }
-        volume.settle().map_err(|error| error.to_string())?;
+        volume.settle(&|| false).map_err(|error| error.to_string())?;
         // Until merges have settled.
         let mut before = 0;
         while before != space(dir)? {
