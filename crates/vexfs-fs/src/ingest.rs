@@ -141,8 +141,7 @@ impl Ingest {
                 }
                 Err(Errno::STALE | Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {}
                 Err(errno) => {
-                    let refusal = Refusal::from(std::io::Error::from(errno));
-                    self.volume.refuse(file, Fingerprint::default(), refusal.errno.raw_os_error(), refusal.reason);
+                    self.refuse(file, Fingerprint::default(), &Refusal::from(std::io::Error::from(errno)));
                     return;
                 }
             }
@@ -227,13 +226,7 @@ impl Ingest {
                 // Bytes that changed under the reader say nothing.
                 Err(_) if !same => continue,
                 Err(_) if when == When::Quiet && (self.being_written)(file) => return Ok(()),
-                Err(refusal) => {
-                    let print = if refusal.may_pass() { Fingerprint::default() } else { before };
-                    self.volume.refuse(file, print, refusal.errno.raw_os_error(), refusal.reason.clone());
-                    if refusal.may_pass() {
-                        self.passing.lock().insert(file);
-                    }
-                }
+                Err(refusal) => self.refuse(file, before, refusal),
                 Ok(()) if is_config(&link) => self.volume.put_empty(file, before),
                 Ok(()) => {}
             }
@@ -243,6 +236,14 @@ impl Ingest {
         }
         // Somebody writes on; their close will read it.
         Ok(())
+    }
+
+    fn refuse(&self, file: FileId, before: Fingerprint, refusal: &Refusal) {
+        let print = if refusal.may_pass() { Fingerprint::default() } else { before };
+        self.volume.refuse(file, print, refusal.errno.raw_os_error(), refusal.reason.clone());
+        if refusal.may_pass() {
+            self.passing.lock().insert(file);
+        }
     }
 
     /// Is the file indexed in another collection than its directory's?

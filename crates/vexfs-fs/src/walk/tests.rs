@@ -8,11 +8,14 @@ use std::process::Command;
 use std::sync::Arc;
 
 use vexfs_store::disk::{Fault, MemDisk};
-use vexfs_store::{Content, Fingerprint, Query, SyncMode, Volume};
+use vexfs_store::{Content, Fingerprint, Options, Query, SyncMode, Volume};
+
+use rustix::process::{Gid, Uid};
 
 use super::*;
+use crate::access::Identity;
 use crate::events::Known;
-use crate::ingest::Standing;
+use crate::ingest::{Standing, When};
 use crate::mount::store_options;
 use crate::source::Source;
 
@@ -31,7 +34,7 @@ impl Below {
     fn over(disk: MemDisk, memory: Option<u64>) -> Below {
         let dir = tempfile::tempdir().unwrap();
         let source = Arc::new(Source::new(OwnedFd::from(fs::File::open(dir.path()).unwrap())).unwrap());
-        let options = store_options(&source, SyncMode::Lazy, memory);
+        let options = Options { memory, ..store_options(&source, SyncMode::Lazy) };
         let (volume, _) = Volume::open(Arc::new(disk), options).unwrap();
         let volume = Arc::new(volume);
         let ingest = Ingest::new(Arc::clone(&volume), source, false, Box::new(|_| false));
@@ -192,4 +195,25 @@ fn what_the_disk_refused_is_read_again_when_it_does_not() {
     assert!(!below.ingest.retry());
     let found = below.volume.content(below.id("large.npy")).unwrap();
     assert!(matches!(found.1, Content::Indexed { .. }), "{found:?}");
+}
+
+/// So did one that couldn't be opened for a moment.
+#[test]
+fn what_could_not_be_opened_is_read_again_when_it_can() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: to be somebody else needs root");
+        return;
+    }
+    let below = Below::new();
+    below.write("a.vec", "1 0");
+    below.walker();
+    let file = below.id("a.vec");
+    below.write("a.vec", "0 1");
+    fs::set_permissions(below.dir.path(), std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+    let nobody = Identity::Other { uid: Uid::from_raw(65_534), gid: Gid::from_raw(65_534), groups: Vec::new() };
+    nobody.act(|| below.ingest.read_known(file, When::Now)).unwrap();
+    let refused = below.volume.content(file).unwrap();
+    assert!(matches!(refused.1, Content::Refused { errno: 13, .. }), "{refused:?}");
+    assert!(!below.ingest.retry());
+    assert_eq!(below.nearest(&[0.0, 1.0]), ["a.vec"]);
 }
