@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use parking_lot::{Mutex, RwLock};
 use rustix::fs::Stat;
 use rustix::io::Errno;
-use vexfs_store::{Config, Content, FileId, Fingerprint, Link, Volume};
+use vexfs_store::{Config, Content, FileId, Fingerprint, Link, Target, Volume};
 
 use crate::errors::Failure;
 use crate::events::Known;
@@ -129,7 +129,7 @@ impl Ingest {
     pub fn read_known(&self, file: FileId, when: When) {
         for path in self.volume.paths(file, FileId::ROOT) {
             let read = match file.is_attached() {
-                true => self.holder(&path, file).map(|opened| self.read_attached(file.holder(), opened.as_fd())),
+                true => self.holder(&path, file).map(|opened| self.read_attached(file.holder(), opened.as_fd(), when)),
                 false => self.source.open(&path, file).map(|opened| self.read_unless_known(file, &opened, when)),
             };
             match read {
@@ -274,7 +274,7 @@ impl Ingest {
             return Ok(());
         };
         let shape = vectors.shape();
-        let target = self.volume.prepare(file, shape.dimension, shape.element)?;
+        let target = when.target(self.volume.prepare(file, shape.dimension, shape.element)?);
         vectors.encoded_bytes(&target.space)?;
         let mut rows = self.volume.rows(&target, shape.rows)?;
         vectors.encode_each(&target.space, &mut |row| rows.push(row))?;
@@ -479,6 +479,16 @@ pub enum When {
     Now,
     /// Not while somebody has it open for writing, whose close will read it.
     Quiet,
+}
+
+impl When {
+    /// Somebody waits for what was closed; nobody for what is met on a walk or read after a crash.
+    fn target(self, target: Target) -> Target {
+        match self {
+            When::Now => target,
+            When::Quiet => target.behind(),
+        }
+    }
 }
 
 /// What a look at a file says of the index's knowledge.

@@ -22,6 +22,14 @@ pub struct Target {
     collection: Arc<Collection>,
     /// What rows must be encoded for.
     pub space: Space,
+    behind: bool,
+}
+
+impl Target {
+    /// What is put there is linked behind, whatever the mode: nobody waits for it.
+    pub fn behind(self) -> Target {
+        Target { behind: true, ..self }
+    }
 }
 
 /// A file's reading at a version at which it lives, with the parts that its collection then has.
@@ -74,7 +82,7 @@ impl Volume {
             }
         };
         match collection.schema.load_full() {
-            Some(schema) => Ok(Target { space: schema.space, collection }),
+            Some(schema) => Ok(Target { space: schema.space, collection, behind: false }),
             None => Err(PutError::TooLarge("the collection has no schema".to_owned())),
         }
     }
@@ -112,7 +120,7 @@ impl Volume {
             parts.push(part);
             inner.exchange_parts(collection, parts);
         } else {
-            let link = inner.sync_mode() == SyncMode::Immediate;
+            let link = inner.sync_mode() == SyncMode::Immediate && !target.behind;
             let grown =
                 inner.with_scratch(|scratch| collection.append(&reading, generation, rows.bytes(), link, scratch));
             inner.came.fetch_add(grown, Ordering::AcqRel);

@@ -8,7 +8,7 @@ use rustix::io::Errno;
 use vexfs_store::index::Element;
 use vexfs_store::{Content, FileId, Fingerprint, Link, PutError, Target};
 
-use super::{ATTEMPTS, Ingest, STRIPES, Standing};
+use super::{ATTEMPTS, Ingest, STRIPES, Standing, When};
 use crate::embedding::{self, Value, to_binary};
 use crate::formats::Refusal;
 use crate::source::fingerprint;
@@ -31,11 +31,11 @@ impl Ingest {
     /// A file of this name has the attribute: it is read.
     pub fn attached(&self, file: FileId, link: Link, opened: BorrowedFd<'_>) -> Result<(), Refusal> {
         self.volume.attach(file, vec![link]);
-        self.read_attached(file, opened)
+        self.read_attached(file, opened, When::Now)
     }
 
     /// Reads what is attached to a file, if it is another vector than the last one.
-    pub(super) fn read_attached(&self, file: FileId, opened: BorrowedFd<'_>) -> Result<(), Refusal> {
+    pub(super) fn read_attached(&self, file: FileId, opened: BorrowedFd<'_>, when: When) -> Result<(), Refusal> {
         let _one = self.reading[file.0 as usize % STRIPES].lock();
         let attached = file.attached();
         for _ in 0..ATTEMPTS {
@@ -58,7 +58,8 @@ impl Ingest {
                 None => return Ok(()),
             }
             let encoded = value.vector().and_then(|vector| self.encode_attached(link.parent, file, &vector));
-            let result = encoded.and_then(|(target, row)| Ok(self.volume.put(attached, print, &target, row)?));
+            let result =
+                encoded.and_then(|(target, row)| Ok(self.volume.put(attached, print, &when.target(target), row)?));
             if let Err(refusal) = &result {
                 self.volume.refuse(attached, print, refusal.errno.raw_os_error(), refusal.reason.clone());
             }
