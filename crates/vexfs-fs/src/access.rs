@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
-use rustix::fs::{Mode, OFlags, ResolveFlags, Stat, fstat, openat2};
+use rustix::fs::{Access, Mode, OFlags, ResolveFlags, Stat, fstat, openat2};
 use rustix::io::Errno;
 use rustix::process::{Gid, Uid, geteuid};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
@@ -166,7 +166,7 @@ impl Gate {
             let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
             let path = if path.is_empty() { b"." } else { path };
             let found = openat2(self.source.root(), path, flags, Mode::empty(), resolve)?;
-            self.reopener.may_read(&found)?;
+            self.reopener.may(&found, Access::READ_OK)?;
             fstat(&found)
         };
         match identity.act(look) {

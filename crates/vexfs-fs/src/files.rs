@@ -11,8 +11,8 @@ use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
 use rustix::fs::{
-    AtFlags, CWD, Dev, FallocateFlags, FileType, Gid, Mode, OFlags, RenameFlags, SeekFrom, Stat, StatVfs, Timespec,
-    Timestamps, Uid, XattrFlags,
+    Access, AtFlags, CWD, Dev, FallocateFlags, FileType, Gid, Mode, OFlags, RenameFlags, SeekFrom, Stat, StatVfs,
+    Timespec, Timestamps, Uid, XattrFlags,
 };
 use rustix::io::Errno;
 use vexfs_store::FileId;
@@ -443,6 +443,11 @@ impl Files {
         if let Ok(node) = self.nodes.get(id) {
             node.settle(place, false);
         }
+    }
+
+    /// May the daemon's own user do what the mask of access(2) says? Only they can ask.
+    pub fn may(&self, id: u64, mask: u32) -> Result<(), Errno> {
+        self.nodes.reopener.may(&self.nodes.get(id)?.fd, Access::from_bits_truncate(mask))
     }
 
     /// Opens a file with the caller's flags, for reading too where that is allowed, so that its vectors can be read.

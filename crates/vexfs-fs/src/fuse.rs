@@ -59,6 +59,7 @@ pub struct Fuse {
     passthrough: AtomicBool,
     stack_depth: u32,
     exclusive: bool,
+    checked: bool,
 }
 
 fn errno(error: Sys) -> Errno {
@@ -169,6 +170,7 @@ impl Fuse {
             passthrough: AtomicBool::new(true),
             stack_depth,
             exclusive,
+            checked: true,
         }
     }
 
@@ -286,7 +288,8 @@ impl Filesystem for Fuse {
                 log::info!("the kernel lacks {flag:?}");
             }
         }
-        if self.files.has_acls() && config.add_capabilities(InitFlags::FUSE_POSIX_ACL).is_err() {
+        // With lists the kernel checks, whatever the mount's options say.
+        if self.checked && self.files.has_acls() && config.add_capabilities(InitFlags::FUSE_POSIX_ACL).is_err() {
             log::warn!("the kernel lacks POSIX ACLs over FUSE: those of the source aren't enforced");
         }
         let passthrough = config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok()
@@ -778,10 +781,13 @@ impl Filesystem for Fuse {
         empty(&handling, reply, || self.files.removexattr(real(ino)?, name));
     }
 
-    fn access(&self, _request: &Request, _ino: INodeNo, _mask: AccessFlags, reply: ReplyEmpty) {
+    fn access(&self, _request: &Request, ino: INodeNo, mask: AccessFlags, reply: ReplyEmpty) {
         let handling = Handling::of("access");
-        // The kernel checks by itself (default_permissions) and asks only where it can't tell.
-        empty(&handling, reply, || Ok(()));
+        // Asked only where the kernel doesn't check by itself.
+        empty(&handling, reply, || match ino.0 >= VIRTUAL_BASE {
+            true => Ok(()),
+            false => self.files.may(ino.0, mask.bits() as u32),
+        });
     }
 
     fn fallocate(
@@ -939,13 +945,16 @@ pub struct Loops {
     pub threads: usize,
     /// Other users may enter.
     pub allow_other: bool,
+    /// The kernel checks modes and lists.
+    pub checked: bool,
 }
 
 /// Serves a mount that was made with this `/dev/fuse` descriptor until it is unmounted. `ready` is called when the
 /// kernel has been answered.
-pub fn serve(fuse: Fuse, device: OwnedFd, loops: &Loops, ready: impl FnOnce()) -> std::io::Result<()> {
+pub fn serve(mut fuse: Fuse, device: OwnedFd, loops: &Loops, ready: impl FnOnce()) -> std::io::Result<()> {
     // The mount itself is made by `mount`: fuser 0.18.0 may unmount what somebody else mounted there later.
     let mut config = Config::default();
+    fuse.checked = loops.checked;
     config.acl = if loops.allow_other { SessionACL::All } else { SessionACL::Owner };
     config.n_threads = Some(loops.threads);
     config.clone_fd = true;

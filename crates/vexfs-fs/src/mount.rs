@@ -256,12 +256,18 @@ fn stack_depth(source: &Source) -> u32 {
 struct Parsed {
     flags: MountFlags,
     allow_other: bool,
+    /// The kernel checks modes and lists.
+    checked: bool,
     /// As fusermount3 takes them.
     plain: Vec<String>,
 }
 
 fn parse(options: &[String]) -> Result<Parsed, MountError> {
-    let mut parsed = Parsed { flags: MountFlags::NOSUID | MountFlags::NODEV, allow_other: false, plain: Vec::new() };
+    let flags = MountFlags::NOSUID | MountFlags::NODEV;
+    // Where only root may enter nothing would be refused, and to check costs a round trip after each change of a directory:
+    // see decision 16.
+    let mut parsed =
+        Parsed { flags, allow_other: false, checked: !rustix::process::geteuid().is_root(), plain: Vec::new() };
     for option in options {
         let (flag, on) = match option.as_str() {
             "ro" => (MountFlags::RDONLY, true),
@@ -278,10 +284,13 @@ fn parse(options: &[String]) -> Result<Parsed, MountError> {
             "async" => (MountFlags::SYNCHRONOUS, false),
             "dirsync" => (MountFlags::DIRSYNC, true),
             "allow_other" => {
-                parsed.allow_other = true;
+                (parsed.allow_other, parsed.checked) = (true, true);
                 continue;
             }
-            "default_permissions" => continue,
+            "default_permissions" => {
+                parsed.checked = true;
+                continue;
+            }
             other => return Err(error("-o", format!("\"{other}\" is not an option of vexfs"))),
         };
         parsed.flags.set(flag, on);
@@ -297,7 +306,7 @@ fn start(
     options: &[String],
 ) -> Result<JoinHandle<io::Result<()>>, MountError> {
     let parsed = parse(options)?;
-    let loops = Loops { threads: LOOPS, allow_other: parsed.allow_other };
+    let loops = Loops { threads: LOOPS, allow_other: parsed.allow_other, checked: parsed.checked };
     let device = match openat(CWD, "/dev/fuse", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
         Ok(device) => Some(device),
         // fusermount3 has the rights that we haven't.
@@ -338,8 +347,8 @@ fn mount_directly(device: &OwnedFd, mountpoint: &Path, source: &Path, parsed: &P
     let user = rustix::process::geteuid().as_raw();
     let group = rustix::process::getegid().as_raw();
     let other = if parsed.allow_other { ",allow_other" } else { "" };
-    let data =
-        format!("fd={},rootmode=40000,user_id={user},group_id={group},default_permissions{other}", device.as_raw_fd());
+    let checked = if parsed.checked { ",default_permissions" } else { "" };
+    let data = format!("fd={},rootmode=40000,user_id={user},group_id={group}{checked}{other}", device.as_raw_fd());
     let data = CString::new(data).map_err(|_| Errno::INVAL)?;
     rustix::mount::mount(source, mountpoint, "fuse.vexfs", parsed.flags, Some(data.as_c_str()))
 }

@@ -33,8 +33,8 @@ impl Reopener {
         chmodat(&self.descriptors, DecInt::from_fd(known), mode, AtFlags::empty())
     }
 
-    /// Could the thread open it for reading, with the credentials that it has on?
-    pub fn may_read(&self, known: impl AsFd) -> Result<(), Errno> {
-        accessat(&self.descriptors, DecInt::from_fd(known), Access::READ_OK, AtFlags::EACCESS)
+    /// May the thread do that, with the credentials that it has on?
+    pub fn may(&self, known: impl AsFd, access: Access) -> Result<(), Errno> {
+        accessat(&self.descriptors, DecInt::from_fd(known), access, AtFlags::EACCESS)
     }
 }
