@@ -6,7 +6,7 @@ use std::io::Write;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 
-use rustix::fs::{CWD, Mode, OFlags, XattrFlags};
+use rustix::fs::{Access, CWD, Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
 use serde_json::{Value, json};
@@ -138,6 +138,57 @@ fn access_control_lists_are_kept_inherited_and_enforced() {
     }
     fs::set_permissions(v.dir.path(), PermissionsExt::from_mode(0o755)).unwrap();
     assert_eq!(outcome(&v.mnt()), below);
+}
+
+/// Without the kernel's checks: a mount that is not shared asks for less.
+#[test]
+fn where_only_root_may_enter_modes_and_lists_are_the_sources_all_the_same() {
+    if skip(!is_root(), "for others the kernel checks") {
+        return;
+    }
+    let Some(v) = Volume::new(&[]) else { return };
+    let mounted = || {
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+        mounts.lines().find(|line| line.contains(v.mnt().to_str().unwrap())).unwrap().to_owned()
+    };
+    assert!(!mounted().contains("default_permissions"), "{}", mounted());
+    let outcome = |top: &Path| {
+        let mut seen: Vec<String> = Vec::new();
+        for mode in [0o000, 0o100, 0o644, 0o001] {
+            let script = top.join(format!("script-{mode:o}"));
+            fs::write(&script, "#!/bin/sh\nexit 7\n").unwrap();
+            fs::set_permissions(&script, PermissionsExt::from_mode(mode)).unwrap();
+            let ran = std::process::Command::new(&script).status().map(|status| status.code());
+            seen.push(format!("{mode:o} runs {:?}", ran.map_err(|error| error.kind())));
+            for access in [Access::EXISTS, Access::READ_OK, Access::WRITE_OK, Access::EXEC_OK] {
+                seen.push(format!("{mode:o} {access:?} {:?}", rustix::fs::access(&script, access)));
+            }
+        }
+        let dir = top.join("dir");
+        fs::create_dir(&dir).unwrap();
+        let list = acl_for((61_001, 4), (61_100, 6));
+        if rustix::fs::setxattr(&dir, DEFAULT, &list, XattrFlags::empty()) == Err(Errno::OPNOTSUPP) {
+            return seen;
+        }
+        let script = "umask 077; echo > below; mkdir sub; cd ..; echo > plain; mkdir other";
+        let made = std::process::Command::new("sh").args(["-ec", script]).current_dir(&dir).status().unwrap();
+        assert!(made.success());
+        fs::set_permissions(dir.join("below"), PermissionsExt::from_mode(0o604)).unwrap();
+        for name in ["dir", "dir/below", "dir/sub", "plain", "other"] {
+            let path = top.join(name);
+            let mode = fs::metadata(&path).unwrap().mode();
+            seen.push(format!("{name} {mode:o} {:?} {:?}", xattr(&path, ACCESS), xattr(&path, DEFAULT)));
+        }
+        seen
+    };
+    let native = v.dir.path().join("native");
+    fs::create_dir(&native).unwrap();
+    assert_eq!(outcome(&v.mnt()), outcome(&native));
+    v.umount();
+    let options = ["mount", "-o", "default_permissions", v.source().to_str().unwrap(), v.mnt().to_str().unwrap()]
+        .map(str::to_owned);
+    assert!(v.command(&options.each_ref().map(String::as_str)).status.success());
+    assert!(mounted().contains("default_permissions"), "{}", mounted());
 }
 
 #[test]
