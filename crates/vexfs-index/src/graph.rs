@@ -68,6 +68,11 @@ pub(crate) struct Pool {
 }
 
 impl Pool {
+    pub fn bytes(&self) -> usize {
+        let words = self.batch.capacity() + self.keys.capacity() + self.blocked.capacity();
+        8 * self.entries.capacity() + 4 * words + self.marks.bytes()
+    }
+
     /// What the last walk found, nearest first; see [`entry_key`] and [`entry_node`].
     pub fn entries(&self) -> &[u64] {
         &self.entries

@@ -173,6 +173,15 @@ pub struct Scratch {
     pub(crate) exact: Option<crate::kernels::Prepared>,
 }
 
+impl Scratch {
+    /// Bytes that it keeps from one use to the next.
+    pub fn bytes(&self) -> usize {
+        let candidates = self.near.capacity() + self.best.capacity() + self.sorted.capacity() + self.chosen.capacity();
+        let words = self.visited.stamps.capacity() + self.links.capacity() + self.values.capacity();
+        candidates * size_of::<Candidate>() + 4 * words + self.pool.bytes()
+    }
+}
+
 /// Which nodes a walk has met: a bit for each, so that a large graph's marks stay in the nearest caches.
 #[derive(Default)]
 pub(crate) struct Marks {
@@ -194,6 +203,10 @@ impl Marks {
             self.bits.resize(nodes.div_ceil(64), 0);
         }
         self.nodes = nodes;
+    }
+
+    pub fn bytes(&self) -> usize {
+        8 * self.bits.capacity() + 4 * self.met.capacity()
     }
 
     /// All met since the walk began, in their order.

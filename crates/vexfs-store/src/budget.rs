@@ -89,6 +89,11 @@ impl Budget {
         self.build / (schema.space.row_bytes() + build_bytes(&schema.space, &schema.params)) as u64
     }
 
+    /// Bytes of the copies that there are.
+    pub fn copied(&self) -> u64 {
+        self.copied.load(Ordering::Acquire)
+    }
+
     /// Copies to huge pages what walks of the segment read, if there is memory for it beside `names`; otherwise it is
     /// served from the map, at the price of a third of a search's time.
     pub fn warm(&self, segment: &Segment, names: u64) {

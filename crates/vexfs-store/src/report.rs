@@ -11,6 +11,7 @@ use crate::error::SearchError;
 use crate::id::FileId;
 use crate::part::Part;
 use crate::row::{LinkRef, State};
+use crate::tree::Tree;
 use crate::volume::{SyncMode, Volume};
 
 /// State of a volume, or of a directory of it.
@@ -32,12 +33,31 @@ pub struct Report {
     pub oldest_pending_ms: Option<u64>,
     /// The work behind.
     pub background: Background,
+    /// Memory that is kept, by what for.
+    pub memory: Memory,
     /// Files that are kept but not indexed, with the reason; at most [`MAX_ERRORS`].
     pub errors: Vec<FileError>,
     /// Segments that were given up since the volume was opened because their bytes are not those that were written.
     pub quarantined: Vec<Quarantined>,
     /// The last thing that went wrong behind; null if nothing has.
     pub last_error: Option<String>,
+}
+
+/// Bytes of memory that a volume keeps, by what for. Mapped files, the catalog's pages and builds aside.
+#[derive(Clone, Debug, Serialize)]
+pub struct Memory {
+    /// What `--memory` allows for all; null for what is useful.
+    pub allowed: Option<u64>,
+    /// Heads: points that are in no segment yet, and their graphs.
+    pub heads: u64,
+    /// Points that wait to be sealed.
+    pub unsealed: u64,
+    /// Copies on huge pages of what walks of segments read.
+    pub copies: u64,
+    /// Names and what else is known of each file, about.
+    pub names: u64,
+    /// Scratches of searches and inserts that are not in use.
+    pub scratches: u64,
 }
 
 /// What is done behind: linking, sealing, merging, verifying.
@@ -211,6 +231,7 @@ impl Volume {
             collections,
             pending,
             background: Background { paused: inner.background.is_paused(), rate: inner.background.rate(), work },
+            memory: self.memory(&tree),
             oldest_pending_ms: oldest.map(|at| at.elapsed().as_millis() as u64),
             errors,
             quarantined: inner
@@ -220,6 +241,23 @@ impl Volume {
                 .map(|(id, error)| Quarantined { segment: format!("{:016x}.seg", id.0), error: error.clone() })
                 .collect(),
             last_error: inner.last_error.lock().clone(),
+        }
+    }
+
+    fn memory(&self, tree: &Tree) -> Memory {
+        let inner = &*self.inner;
+        let (mut heads, mut unsealed) = (0, 0);
+        for collection in inner.collections.read().values() {
+            heads += collection.head().map_or(0, |head| head.waiting_bytes()) as u64;
+            unsealed += collection.unsealed_bytes() as u64;
+        }
+        Memory {
+            allowed: inner.options.memory,
+            heads,
+            unsealed,
+            copies: inner.budget.copied(),
+            names: tree.bytes(),
+            scratches: inner.scratch.lock().iter().map(|scratch| scratch.bytes() as u64).sum(),
         }
     }
 

@@ -108,6 +108,12 @@ fn print(volume: &Value) {
             number(work, "elapsed_ms")
         ));
     }
+    let memory = &volume["memory"];
+    if memory.is_object() {
+        let held = ["heads", "unsealed", "copies", "names", "scratches"];
+        let all: Vec<String> = held.iter().map(|key| format!("{key} {}", number(memory, key))).collect();
+        println!("  memory     {} bytes", all.join(", "));
+    }
     if !said.is_empty() {
         println!("  background {}", said.join(", "));
     }

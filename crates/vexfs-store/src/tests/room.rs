@@ -82,3 +82,22 @@ fn when_the_thread_that_seals_panics_nobody_waits_for_it_and_the_status_says_so(
     // What was given in is made durable by who asks for it, as before.
     volume.commit().unwrap();
 }
+
+#[test]
+fn the_report_tells_what_memory_is_kept_for() {
+    let (volume, _) = Volume::open(Arc::new(MemDisk::default()), small(64 << 20)).unwrap();
+    let memory = || volume.report(FileId::ROOT).memory;
+    assert_eq!((memory().allowed, memory().heads, memory().names), (Some(64 << 20), 0, 0));
+    volume.pause(true);
+    put(&volume, 10, "small.vec", &[&[1.0, 2.0, 3.0, 4.0]]);
+    put_bulk(&volume, 11, "bulk.npy", 1);
+    let waiting = memory();
+    assert!(waiting.heads >= 16 && waiting.unsealed == BULK_ROWS as u64 * 16 && waiting.copies == 0, "{waiting:?}");
+    assert!(waiting.names > 0, "{waiting:?}");
+    volume.settle(&|| false).unwrap();
+    near(&volume, &[1.0, 2.0, 3.0, 4.0], 1);
+    volume.search(&Query::nearest(vec![1.0, 2.0, 3.0, 4.0], 1), &mut |_, _, _| true).unwrap();
+    let sealed = memory();
+    assert!(sealed.unsealed == 0 && sealed.copies > BULK_ROWS as u64 * 4, "{sealed:?}");
+    assert!(sealed.scratches >= BULK_ROWS as u64 / 8, "{sealed:?}");
+}
