@@ -185,7 +185,7 @@ fn the_work_behind_is_held_back_and_bounded_but_not_for_who_waits() {
     assert!(v.command(&["sync", mnt.to_str().unwrap(), "--indexed"]).status.success());
     assert_eq!((&v.stats("")["pending"], &v.stats("")["background"]["paused"]), (&0.into(), &true.into()));
     assert!(background(&["--resume"]).0);
-    assert_eq!(v.stats("")["background"], serde_json::json!({ "paused": false, "rate": null, "work": null }));
+    assert_eq!(v.stats("")["background"]["paused"], false);
     let wrong = fs::write(v.path(".vexfs/control"), "background rate -1").unwrap_err();
     assert_eq!(wrong.raw_os_error(), Some(rustix::io::Errno::INVAL.raw_os_error()));
 }

@@ -45,8 +45,7 @@ fn a_build_pauses_in_its_midst_tells_how_far_it_is_and_loses_nothing() {
     volume.pause(true);
     std::thread::sleep(WHILE);
     let before = linked();
-    if report(&volume).pending > 0 {
-        let work = report(&volume).background.work.unwrap();
+    if let Some(work) = report(&volume).background.work {
         assert_eq!((work.kind, work.points, &*work.directory), (Kind::Seal, BULK_ROWS as u64, ""));
         std::thread::sleep(WHILE);
         assert!(linked() <= before + AT_ONCE, "it went on from {before} to {}", linked());
@@ -55,9 +54,11 @@ fn a_build_pauses_in_its_midst_tells_how_far_it_is_and_loses_nothing() {
     volume.pause(false);
     settle(&volume);
     assert_eq!(near(&volume, &bulk(1)[..4], 1), ["bulk.npy"]);
-    let report = report(&volume);
-    assert_eq!(report.collections[0].segments, 1);
-    assert!(report.background.work.is_none());
+    assert_eq!(report(&volume).collections[0].segments, 1);
+    // Its commit may go on a little.
+    while report(&volume).background.work.is_some() {
+        std::thread::yield_now();
+    }
 }
 
 #[test]
@@ -134,9 +135,10 @@ fn a_barrier_that_nobody_waits_for_any_more_ends_and_nothing_is_lost() {
     let disk = MemDisk::default();
     disk.fail_at(0, Fault::Slow(Duration::from_millis(2)));
     let (volume, _) = open(&disk).unwrap();
+    // Nothing is sealed meanwhile.
+    let alone = volume.inner.rewriting.lock();
     put_bulk(&volume, 10, "0.npy", 0);
     put_bulk(&volume, 11, "1.npy", 1);
-    let alone = volume.inner.rewriting.lock();
     assert!(matches!(volume.settle(&|| true), Err(CommitError::Cancelled)));
     assert!(matches!(volume.optimize(false, &|| true), Err(CommitError::Cancelled)));
     drop(alone);
