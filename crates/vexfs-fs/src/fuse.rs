@@ -59,6 +59,7 @@ pub struct Fuse {
     passthrough: AtomicBool,
     stack_depth: u32,
     exclusive: bool,
+    /// See [`Loops::checked`].
     checked: bool,
 }
 

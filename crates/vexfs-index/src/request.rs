@@ -174,7 +174,7 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// Bytes that it keeps from one use to the next.
+    /// Bytes that it keeps from one use to the next, the query's own aside.
     pub fn bytes(&self) -> usize {
         let candidates = self.near.capacity() + self.best.capacity() + self.sorted.capacity() + self.chosen.capacity();
         let words = self.visited.stamps.capacity() + self.links.capacity() + self.values.capacity();

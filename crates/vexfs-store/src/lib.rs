@@ -47,7 +47,9 @@ pub use id::{CollectionId, FileId, Generation, SegmentId};
 pub use identity::FORMAT_VERSION;
 pub use put::Target;
 pub use rekey::{Locate, Located};
-pub use report::{Background, CollectionReport, FileCounts, FileError, Memory, Quarantined, Report, Work};
+pub use report::{
+    BackgroundReport, CollectionReport, FileCounts, FileError, MemoryReport, Quarantined, Report, WorkReport,
+};
 pub use rows::Rows;
 pub use schema::{Config, Schema};
 pub use search::{Answer, Hit, MAX_K, Query, Verdict};

@@ -328,6 +328,8 @@ pub(crate) fn rewrite(
             let mut bytes = Vec::new();
             for part in inputs {
                 let mut numbers = HashMap::new();
+                // A head's rows are in memory.
+                let read = if part.as_segment().is_some() { size } else { 0 };
                 for (slot, old, row) in part.live() {
                     // What ended, and was deleted, a moment ago can't be read.
                     if !part.index().read(slot, &mut bytes) {
@@ -335,7 +337,7 @@ pub(crate) fn rewrite(
                     }
                     let Some(to) = room.next() else { break };
                     to.copy_from_slice(&bytes);
-                    if !go_on(if part.as_segment().is_some() { size } else { 0 }) {
+                    if !go_on(read) {
                         return Ok(false);
                     }
                     let number = *numbers.entry(old).or_insert_with(|| {

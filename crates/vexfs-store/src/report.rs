@@ -32,9 +32,9 @@ pub struct Report {
     /// How long the oldest of them has waited, in milliseconds; null if none does.
     pub oldest_pending_ms: Option<u64>,
     /// The work behind.
-    pub background: Background,
+    pub background: BackgroundReport,
     /// Memory that is kept, by what for.
-    pub memory: Memory,
+    pub memory: MemoryReport,
     /// Files that are kept but not indexed, with the reason; at most [`MAX_ERRORS`].
     pub errors: Vec<FileError>,
     /// Segments that were given up since the volume was opened because their bytes are not those that were written.
@@ -45,7 +45,7 @@ pub struct Report {
 
 /// Bytes of memory that a volume keeps, by what for. Mapped files, the catalog's pages and builds aside.
 #[derive(Clone, Debug, Serialize)]
-pub struct Memory {
+pub struct MemoryReport {
     /// What `--memory` allows for all; null for what is useful.
     pub allowed: Option<u64>,
     /// Heads: points that are in no segment yet, and their graphs.
@@ -62,18 +62,18 @@ pub struct Memory {
 
 /// What is done behind: linking, sealing, merging, verifying.
 #[derive(Clone, Debug, Serialize)]
-pub struct Background {
+pub struct BackgroundReport {
     /// It is held back, but for what somebody waits for.
     pub paused: bool,
     /// Bytes a second that it may read and write; null for as many as it can.
     pub rate: Option<u64>,
     /// The segment that is being made, if one is.
-    pub work: Option<Work>,
+    pub work: Option<WorkReport>,
 }
 
 /// A segment in the making.
 #[derive(Clone, Debug, Serialize)]
-pub struct Work {
+pub struct WorkReport {
     /// `seal`, `merge` or `compact`.
     pub kind: Kind,
     /// Its collection's root, relative to the volume's.
@@ -215,7 +215,7 @@ impl Volume {
         let work = inner.background.work().map(|(work, linked)| {
             let root = inner.collections.read().get(&work.collection).map(|collection| collection.row.lock().dir);
             let directory = root.and_then(|dir| tree.dir_path(dir, FileId::ROOT)).unwrap_or_default();
-            Work {
+            WorkReport {
                 kind: work.kind,
                 directory: String::from_utf8_lossy(&directory).into_owned(),
                 points: work.points,
@@ -230,7 +230,7 @@ impl Volume {
             files,
             collections,
             pending,
-            background: Background { paused: inner.background.is_paused(), rate: inner.background.rate(), work },
+            background: BackgroundReport { paused: inner.background.is_paused(), rate: inner.background.rate(), work },
             memory: self.memory(&tree),
             oldest_pending_ms: oldest.map(|at| at.elapsed().as_millis() as u64),
             errors,
@@ -244,14 +244,14 @@ impl Volume {
         }
     }
 
-    fn memory(&self, tree: &Tree) -> Memory {
+    fn memory(&self, tree: &Tree) -> MemoryReport {
         let inner = &*self.inner;
         let (mut heads, mut unsealed) = (0, 0);
         for collection in inner.collections.read().values() {
             heads += collection.head().map_or(0, |head| head.waiting_bytes()) as u64;
             unsealed += collection.unsealed_bytes() as u64;
         }
-        Memory {
+        MemoryReport {
             allowed: inner.options.memory,
             heads,
             unsealed,
