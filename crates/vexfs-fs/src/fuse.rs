@@ -681,7 +681,8 @@ impl Filesystem for Fuse {
                         self.files.forget(entry.id, 1);
                     }
                     added |= !full;
-                    full
+                    // Others are being forgotten: no more than one at a time comes meanwhile.
+                    full || self.files.nodes.is_crowded()
                 },
                 &mut reply,
             )?;

@@ -165,6 +165,11 @@ impl Nodes {
         most >= MANY && left < most / 4
     }
 
+    /// Are there more than there is room for?
+    pub fn is_crowded(&self) -> bool {
+        self.known.read().len() > self.room
+    }
+
     fn wake_evictor(&self) {
         if let Some(evictor) = self.evictor.get() {
             evictor.unpark();

@@ -11,7 +11,10 @@ use crate::hnsw::{MAX_LAYER, level};
 use crate::kernels::Prepared;
 use crate::raw::{Huge, Place};
 use crate::request::{Budget, Scratch};
-use crate::sealed::{CALIBRATED_K, Calibration, MAGIC, Plan, TARGETS, Walker, header, rows_are_codes};
+use crate::sealed::{
+    Allowed, CALIBRATED_K, Calibrated, Calibration, Filtered, MAGIC, Plan, TARGETS, Walker, among, header,
+    rows_are_codes,
+};
 use crate::space::Quantization;
 use crate::{Element, Metric, Params, Space};
 
@@ -19,6 +22,12 @@ use crate::{Element, Metric, Params, Space};
 const GRAPH_FROM: usize = 1_000;
 /// Rows that are kept out until the graph has been calibrated with them.
 const HELD_OUT: usize = 500;
+/// With fewer rows all that a filter allows is compared rather than walked.
+const FILTERED_FROM: usize = 20_000;
+/// The part of what a recall misses that filtered walks are to find besides: filters differ.
+const MARGIN: f32 = 0.15;
+/// Rows of those kept out that filtered walks are calibrated with.
+const FILTERED: usize = 250;
 /// Times that nodes which were cut off are looked for.
 const CONNECT_ROUNDS: usize = 8;
 /// Values of ef that are tried, smallest first.
@@ -263,8 +272,7 @@ fn on_threads(threads: usize, work: impl Fn() + Sync) {
     });
 }
 
-/// For each target the ef that reaches it on rows that are not in the graph yet, the largest tried where none does,
-/// and the recall that it came to. What is true is found by `fine`.
+/// What searches need on rows that are not in the graph yet. What is true is found by `fine`.
 fn calibrate(
     walker: &Walker<'_>,
     fine: &Walker<'_>,
@@ -272,41 +280,78 @@ fn calibrate(
     is_held: &(impl Fn(u32) -> bool + Sync),
     threads: usize,
 ) -> Calibration {
-    let truths: Mutex<Vec<(Vec<f32>, f32)>> = Mutex::new(Vec::new());
-    let next = AtomicUsize::new(0);
-    on_threads(threads, || {
-        let (mut scratch, mut numbers) = (Scratch::default(), Vec::new());
-        while let Some(node) = queries.get(next.fetch_add(1, Ordering::Relaxed)) {
-            walker.space.decode(walker.row(*node), &mut numbers);
-            if walker.space.check_query(&numbers).is_err() {
-                continue;
+    let all = Questions::new(walker, fine, queries, &|node| !is_held(node), threads);
+    let efs = all.efs(&TARGETS, &|_| Plan::All);
+    let reached = all.recall(&efs, &|_| Plan::All);
+    let among = if walker.graph.nodes < FILTERED_FROM {
+        efs.map(among)
+    } else {
+        // Scattered as if by chance.
+        let is_allowed = |node: u32| !is_held(node) && node.wrapping_mul(0x9e37_79b9) >> 16 < 6_554;
+        let some = Questions::new(walker, fine, &queries[..queries.len().min(FILTERED)], &is_allowed, threads);
+        some.efs(&TARGETS.map(|target| target + (1.0 - target) * MARGIN), &|ef| {
+            Plan::Allowed(Allowed { nodes: Filtered::Asked(&is_allowed), share: 0.1, ef })
+        })
+    };
+    std::array::from_fn(|n| Calibrated { ef: efs[n], recall: reached[n], among: among[n] })
+}
+
+/// Rows that are asked for, and how far the last of the nearest is.
+struct Questions<'a> {
+    walker: &'a Walker<'a>,
+    threads: usize,
+    asked: Vec<(Vec<f32>, f32)>,
+}
+
+impl<'a> Questions<'a> {
+    /// Where what is near is one of those that `may` be found.
+    fn new(
+        walker: &'a Walker<'a>,
+        fine: &Walker<'_>,
+        queries: &[u32],
+        may: &(impl Fn(u32) -> bool + Sync),
+        threads: usize,
+    ) -> Questions<'a> {
+        let asked: Mutex<Vec<(Vec<f32>, f32)>> = Mutex::new(Vec::new());
+        let next = AtomicUsize::new(0);
+        on_threads(threads, || {
+            let (mut scratch, mut numbers) = (Scratch::default(), Vec::new());
+            while let Some(node) = queries.get(next.fetch_add(1, Ordering::Relaxed)) {
+                walker.space.decode(walker.row(*node), &mut numbers);
+                if walker.space.check_query(&numbers).is_err() {
+                    continue;
+                }
+                let exact = Prepared::new(walker.space, &numbers);
+                let mut others = Nodes::Passing(0..walker.graph.nodes as u32, may);
+                let plan = Plan::These(&mut others);
+                let size = (CALIBRATED_K, CALIBRATED_K);
+                if fine.nearest(&exact, size, plan, &mut scratch, &mut Budget::unlimited()).is_ok() {
+                    // Equally far is equally right.
+                    let limit = scratch.best.peek().map_or(f32::INFINITY, |farthest| farthest.distance);
+                    asked.lock().unwrap_or_else(PoisonError::into_inner).push((numbers.clone(), limit));
+                }
             }
-            let exact = Prepared::new(walker.space, &numbers);
-            let others = |other: u32| !is_held(other);
-            let mut others = Nodes::Passing(0..walker.graph.nodes as u32, &others);
-            let plan = Plan::These(&mut others);
-            let size = (CALIBRATED_K, CALIBRATED_K);
-            if fine.nearest(&exact, size, plan, &mut scratch, &mut Budget::unlimited()).is_ok() {
-                // Equally far is equally right.
-                let limit = scratch.best.peek().map_or(f32::INFINITY, |farthest| farthest.distance);
-                truths.lock().unwrap_or_else(PoisonError::into_inner).push((numbers.clone(), limit));
-            }
-        }
-    });
-    let truths = truths.into_inner().unwrap_or_else(PoisonError::into_inner);
-    // Share of the true neighbours that are found with each ef, all of which rise.
-    let recall = |efs: &[u32]| {
+        });
+        Questions { walker, threads, asked: asked.into_inner().unwrap_or_else(PoisonError::into_inner) }
+    }
+
+    /// Share of the true neighbours that walks by the plan find with each ef, all of which rise.
+    fn recall<'p>(&self, efs: &[u32], plan: &(impl Fn(usize) -> Plan<'p> + Sync)) -> Vec<f32> {
         let next = AtomicUsize::new(0);
         let found: Vec<AtomicUsize> = efs.iter().map(|_| AtomicUsize::new(0)).collect();
-        on_threads(threads, || {
+        on_threads(self.threads, || {
             let mut scratch = Scratch::default();
-            while let Some((query, limit)) = truths.get(next.fetch_add(1, Ordering::Relaxed)) {
-                let exact = Prepared::new(walker.space, query);
+            while let Some((query, limit)) = self.asked.get(next.fetch_add(1, Ordering::Relaxed)) {
+                let exact = Prepared::new(self.walker.space, query);
                 for (n, ef) in efs.iter().enumerate() {
-                    let size = (CALIBRATED_K, *ef as usize);
-                    let walked = walker.nearest(&exact, size, Plan::All, &mut scratch, &mut Budget::unlimited());
+                    let (ef, mut budget) = (*ef as usize, Budget::unlimited());
+                    let walked = self.walker.nearest(&exact, (CALIBRATED_K, ef), plan(ef), &mut scratch, &mut budget);
                     let hits = if walked.is_ok() { scratch.best.iter() } else { break };
-                    let right = hits.filter(|hit| hit.distance <= *limit).count().min(CALIBRATED_K);
+                    let right = match hits.len() {
+                        // A walk that finds too few is followed by a scan.
+                        ..CALIBRATED_K => CALIBRATED_K,
+                        _ => hits.filter(|hit| hit.distance <= *limit).count().min(CALIBRATED_K),
+                    };
                     found[n].fetch_add(right, Ordering::Relaxed);
                     if right == CALIBRATED_K {
                         // What more candidates find is no less.
@@ -316,21 +361,27 @@ fn calibrate(
                 }
             }
         });
-        let all = (truths.len() * CALIBRATED_K).max(1) as f32;
-        found.iter().map(|found| found.load(Ordering::Relaxed) as f32 / all).collect::<Vec<f32>>()
-    };
-    let tried = recall(&EFS);
-    let efs = TARGETS.map(|target| match tried.iter().position(|recall| *recall >= target) {
-        None => EFS[EFS.len() - 1],
-        Some(0) => EFS[0],
-        // Between two that were tried recall rises about evenly.
-        Some(at) => {
-            let share = (target - tried[at - 1]) / (tried[at] - tried[at - 1]).max(f32::MIN_POSITIVE);
-            EFS[at - 1] + ((EFS[at] - EFS[at - 1]) as f32 * share).ceil() as u32
-        }
-    });
-    let reached = recall(&efs);
-    std::array::from_fn(|n| (efs[n], reached[n]))
+        let all = (self.asked.len() * CALIBRATED_K).max(1) as f32;
+        found.iter().map(|found| found.load(Ordering::Relaxed) as f32 / all).collect()
+    }
+
+    /// For each target the ef that reaches it, the largest tried where none does.
+    fn efs<'p>(
+        &self,
+        targets: &[f32; TARGETS.len()],
+        plan: &(impl Fn(usize) -> Plan<'p> + Sync),
+    ) -> [u32; TARGETS.len()] {
+        let tried = self.recall(&EFS, plan);
+        targets.map(|target| match tried.iter().position(|recall| *recall >= target) {
+            None => EFS[EFS.len() - 1],
+            Some(0) => EFS[0],
+            // Between two that were tried recall rises about evenly.
+            Some(at) => {
+                let share = (target - tried[at - 1]) / (tried[at] - tried[at - 1]).max(f32::MIN_POSITIVE);
+                EFS[at - 1] + ((EFS[at] - EFS[at - 1]) as f32 * share).ceil() as u32
+            }
+        })
+    }
 }
 
 /// Gives every node that a walk in layer 0 can't reach from node 0 a link from one that it can: choosing neighbours
@@ -407,9 +458,10 @@ fn head(m: usize, nodes: usize, counts: &[usize], coder: Option<&Coder>, calibra
     put(header::M, m as u32);
     put(header::NODES, nodes as u32);
     put(header::LAYERS, counts.len() as u32);
-    for (n, (ef, recall)) in calibration.iter().enumerate() {
-        put(header::EF + n * 4, *ef);
-        put(header::RECALL + n * 4, recall.to_bits());
+    for (n, known) in calibration.iter().enumerate() {
+        put(header::EF + n * 4, known.ef);
+        put(header::RECALL + n * 4, known.recall.to_bits());
+        put(header::AMONG + n * 4, known.among);
     }
     for (layer, count) in counts.iter().enumerate().take(MAX_LAYER + 1) {
         put(header::COUNTS + layer * 4, *count as u32);

@@ -87,6 +87,14 @@ impl Pool {
     pub fn clear(&mut self) {
         self.entries.clear();
     }
+
+    /// How many nodes the last walk met, and how many of them are allowed: [`Graph::walk_allowed`] begins at these.
+    pub fn look_around(&mut self, allowed: impl Fn(u32) -> bool) -> (usize, usize) {
+        let met = self.marks.met();
+        self.batch.clear();
+        self.batch.extend(met.iter().copied().filter(|node| allowed(*node)));
+        (met.len(), self.batch.len())
+    }
 }
 
 /// The bit of a pool's entry that says that it was expanded.
@@ -248,11 +256,11 @@ impl Graph {
     }
 
     /// The same as [`Graph::walk`] in layer 0 among the nodes that are `allowed`. Where few neighbours are, those of
-    /// the others are looked at in their stead (ACORN-1, arXiv 2403.04871). It begins around `near`, allowed or not.
+    /// the others are looked at in their stead (ACORN-1, arXiv 2403.04871). It begins at those that
+    /// [`Pool::look_around`] found.
     pub fn walk_allowed<'p>(
         &self,
         query: &impl Keys,
-        near: u32,
         allowed: &impl Fn(u32) -> bool,
         ef: usize,
         pool: &'p mut Pool,
@@ -260,30 +268,26 @@ impl Graph {
     ) -> Result<&'p [u64], SearchError> {
         let Pool { entries, batch, keys, blocked, marks } = pool;
         let (lists, room) = (self.lists(0), self.room(0));
+        let enough = room / ENOUGH;
         marks.start(self.nodes);
+        batch.retain(|node| marks.meet(*node));
         entries.clear();
-        batch.clear();
-        if marks.meet(near) && allowed(near) {
-            batch.push(near);
-        }
-        let (mut at, mut first) = (0, Some(near));
+        let mut next = 0;
         loop {
-            let mut next = at;
+            budget.spend(batch.len() as u64)?;
+            keys.resize(batch.len().max(keys.len()), 0);
+            query.keys(batch, keys);
+            next = offer_all(entries, ef, keys, batch, next, (lists, room));
+            batch.clear();
             let mut expanded = 0;
             while expanded < EXPANDED_TOGETHER {
-                let node = match (first.take(), entries.get_mut(next)) {
-                    (Some(near), _) => near,
-                    (None, Some(entry)) => {
-                        *entry |= EXPANDED;
-                        entry_node(*entry)
-                    }
-                    (None, None) => break,
-                };
+                let Some(current) = entries.get_mut(next) else { break };
+                *current |= EXPANDED;
                 expanded += 1;
                 let before = batch.len();
                 let mut direct = 0;
                 blocked.clear();
-                for link in list_of(lists, room, node) {
+                for link in list_of(lists, room, entry_node(*current)) {
                     let word = link.load(Ordering::Relaxed);
                     if word == 0 {
                         break;
@@ -298,12 +302,12 @@ impl Graph {
                         blocked.push(word - 1);
                     }
                 }
-                if direct >= room / ENOUGH {
+                if direct >= enough {
                     blocked.clear();
                 }
                 blocked.iter().take(ASKED).for_each(|node| ask(list_of(lists, room, *node)));
                 for (n, through) in blocked.iter().enumerate() {
-                    if batch.len() - before >= room / ENOUGH && !entries.is_empty() {
+                    if batch.len() - before >= enough {
                         break;
                     }
                     if let Some(later) = blocked.get(n + ASKED) {
@@ -328,15 +332,9 @@ impl Graph {
                 }
             }
             if expanded == 0 {
-                break;
+                return Ok(entries);
             }
-            budget.spend(batch.len() as u64)?;
-            keys.resize(batch.len().max(keys.len()), 0);
-            query.keys(batch, keys);
-            at = offer_all(entries, ef, keys, batch, next, (lists, room));
-            batch.clear();
         }
-        Ok(entries)
     }
 
     /// Of `nodes`, each compared, what may be among the `k` nearest are the pool's entries afterwards: where keys don't

@@ -7,7 +7,7 @@
 use std::sync::OnceLock;
 
 use crate::codes::{Coder, Width, ordered, unordered};
-use crate::graph::{Coded, Graph, Keys, MOST_NODES, Nodes, entry_key, entry_node};
+use crate::graph::{Coded, Graph, Keys, MOST_NODES, Nodes, Pool, entry_key, entry_node};
 use crate::hnsw::MAX_LAYER;
 use crate::kernels::{Prepared, prefetch};
 use crate::raw::{Huge, Words};
@@ -17,7 +17,9 @@ use crate::{
 };
 
 /// First bytes of the graph section.
-pub(crate) const MAGIC: u32 = 0x4752_4833;
+pub(crate) const MAGIC: u32 = 0x4752_4834;
+/// Those of one whose header ends before [`header::AMONG`]; still read.
+pub(crate) const MAGIC_3: u32 = 0x4752_4833;
 /// Offsets in the graph section's header, all u32 little-endian.
 pub(crate) mod header {
     pub const MAGIC: usize = 0;
@@ -36,14 +38,32 @@ pub(crate) mod header {
     pub const RECALL: usize = EF + super::TARGETS.len() * 4;
     /// [`super::MAX_LAYER`] + 1 counts of nodes, by layer.
     pub const COUNTS: usize = RECALL + super::TARGETS.len() * 4;
+    /// As [`EF`], for walks among what a filter allows.
+    pub const AMONG: usize = COUNTS + (super::MAX_LAYER + 1) * 4;
     /// Bytes of the header.
-    pub const SIZE: usize = COUNTS + (super::MAX_LAYER + 1) * 4;
+    pub const SIZE: usize = AMONG + super::TARGETS.len() * 4;
 }
 /// Recalls that a graph is calibrated for.
 pub(crate) const TARGETS: [f32; 8] = [0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999];
 
-/// What a walk needs for each of [`TARGETS`]: candidates, and the recall that these came to.
-pub(crate) type Calibration = [(u32, f32); TARGETS.len()];
+/// What walks need for a recall of one of [`TARGETS`].
+#[derive(Copy, Clone, Default)]
+pub(crate) struct Calibrated {
+    /// Candidates.
+    pub ef: u32,
+    /// The recall that these came to.
+    pub recall: f32,
+    /// Candidates of a walk among what a filter allows.
+    pub among: u32,
+}
+
+/// For each of [`TARGETS`].
+pub(crate) type Calibration = [Calibrated; TARGETS.len()];
+
+/// Candidates of a walk among the allowed where nothing was measured: paths among them are a little worse.
+pub(crate) fn among(ef: u32) -> u32 {
+    ef + ef / 4
+}
 
 /// Bytes that are no sealed index.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -61,7 +81,7 @@ pub struct Sealed {
     coder: Option<Coder>,
     /// Codes on huge pages.
     hot: OnceLock<Huge>,
-    calibration: Calibration,
+    pub(crate) calibration: Calibration,
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
@@ -81,7 +101,9 @@ impl Sealed {
     /// Opens sections that [`crate::build`] made. Any bytes give an index or an error.
     pub fn open(space: Space, vectors: Region, codes: Region, graph: Region) -> Result<Sealed, FormatError> {
         let bytes = graph.bytes();
-        if bytes.len() < header::SIZE || u32_at(bytes, header::MAGIC) != MAGIC {
+        let measured_among = u32_at(bytes, header::MAGIC) == MAGIC;
+        let size = if measured_among { header::SIZE } else { header::AMONG };
+        if bytes.len() < size || ![MAGIC, MAGIC_3].contains(&u32_at(bytes, header::MAGIC)) {
             return Err(FormatError("no graph header"));
         }
         let nodes = u32_at(bytes, header::NODES) as usize;
@@ -100,8 +122,8 @@ impl Sealed {
             2 => Some(Width::Sign),
             _ => return Err(FormatError("codes of an unknown width")),
         };
-        let mut end = header::SIZE + u32_at(bytes, header::CODER) as usize;
-        let stored = bytes.get(header::SIZE..end).ok_or(FormatError("no coder"))?;
+        let mut end = size + u32_at(bytes, header::CODER) as usize;
+        let stored = bytes.get(size..end).ok_or(FormatError("no coder"))?;
         let coder = match width {
             Some(width) => Some(Coder::from_bytes(&space, width, stored).ok_or(FormatError("not this space's coder"))?),
             None if stored.is_empty() => None,
@@ -133,9 +155,11 @@ impl Sealed {
             return Err(FormatError("layers of another length"));
         }
         let mut calibration = Calibration::default();
-        for (n, (ef, recall)) in calibration.iter_mut().enumerate() {
-            *ef = u32_at(bytes, header::EF + n * 4).clamp(1, 1 << 20);
-            *recall = f32::from_bits(u32_at(bytes, header::RECALL + n * 4));
+        for (n, known) in calibration.iter_mut().enumerate() {
+            let ef_at = |at: usize| u32_at(bytes, at + n * 4).clamp(1, 1 << 20);
+            known.ef = ef_at(header::EF);
+            known.recall = f32::from_bits(u32_at(bytes, header::RECALL + n * 4));
+            known.among = if measured_among { ef_at(header::AMONG) } else { among(known.ef) };
         }
         let graph = match layers {
             0 => None,
@@ -182,7 +206,7 @@ impl Sealed {
     pub fn measured_recall(&self, target: f32) -> Option<f32> {
         self.graph.as_ref()?;
         let known = TARGETS.iter().position(|known| *known >= target)?;
-        Some(self.calibration[known].1)
+        Some(self.calibration[known].recall)
     }
 
     /// Candidates that a walk goes on from, fewer than are asked for where a recall needs no more; `None`: only an exact scan
@@ -195,10 +219,17 @@ impl Sealed {
             Effort::Recall(recall) => {
                 let known = TARGETS.iter().position(|target| *target >= recall)?;
                 // More hits need as many more candidates.
-                self.calibration[known].0 as usize + k.saturating_sub(CALIBRATED_K)
+                self.calibration[known].ef as usize + k.saturating_sub(CALIBRATED_K)
             }
         };
         Some(ef.max(1))
+    }
+
+    /// As many candidates of a walk among the allowed as find what `ef` find without a filter.
+    fn among(&self, ef: usize) -> usize {
+        let known = self.calibration.iter().find(|known| known.ef as usize >= ef);
+        let Calibrated { ef: known, among, .. } = known.unwrap_or(&self.calibration[TARGETS.len() - 1]);
+        (ef as u64 * u64::from(*among)).div_ceil(u64::from(*known).max(1)) as usize
     }
 
     /// The share of slots that the filter allows, as it says, or by asking it about some.
@@ -246,11 +277,32 @@ pub(crate) struct Walker<'a> {
 pub(crate) enum Plan<'a> {
     /// Those that a walk meets.
     All,
-    /// Those that a walk among the allowed meets; they are about this share of all. Finds nothing where what is near
-    /// the query is allowed much less than that: what is nearest then may lie anywhere.
-    Allowed(&'a dyn Fn(u32) -> bool, f32),
+    /// Those that a walk among the allowed meets.
+    Allowed(Allowed<'a>),
     /// These.
     These(&'a mut Nodes<'a>),
+}
+
+/// A filter over nodes.
+#[derive(Copy, Clone)]
+pub(crate) enum Filtered<'a> {
+    /// A bit each; those behind the end are not allowed.
+    Bits(&'a [u64]),
+    Asked(&'a dyn Fn(u32) -> bool),
+}
+
+fn has_bit(bits: &[u64], node: u32) -> bool {
+    bits.get(node as usize / 64).is_some_and(|word| word >> (node % 64) & 1 == 1)
+}
+
+/// What a filter allows. Of walks, nothing is found where what is near the query is allowed much less than elsewhere: what is
+/// nearest then may lie anywhere.
+pub(crate) struct Allowed<'a> {
+    pub nodes: Filtered<'a>,
+    /// The part that is allowed of all.
+    pub share: f32,
+    /// Candidates of a walk among them.
+    pub ef: usize,
 }
 
 /// A query against rows themselves.
@@ -280,7 +332,7 @@ impl Keys for Rows<'_> {
 /// Rows asked for ahead of their use.
 const ASKED: usize = 3;
 /// Candidates of the walk that looks what part of what is around a query is allowed.
-const AROUND: usize = 16;
+const AROUND: usize = 8;
 /// The part of a filter's share that must be allowed there for a walk to find what is nearest.
 const FEW: f32 = 0.8;
 /// Where this part is allowed, a walk through all with as many more candidates costs less than one among the allowed.
@@ -369,27 +421,44 @@ impl Walker<'_> {
                 let start = self.graph.descend(query, 0, pool, budget)?;
                 self.graph.walk(query, start, (k, ef, 0), pool, budget)?;
             }
-            Plan::Allowed(allowed, share) => {
-                let start = self.graph.descend(query, 0, pool, budget)?;
-                self.graph.walk(query, start, (0, AROUND, 0), pool, budget)?;
-                let met = pool.marks.met();
-                let around = met.iter().filter(|node| allowed(**node)).count() as f32 / met.len().max(1) as f32;
-                if around < share * FEW || around == 0.0 {
-                    pool.clear();
-                } else if around >= MANY {
-                    self.graph.walk(query, start, (0, (ef as f32 / around) as usize, 0), pool, budget)?;
-                    pool.keep(allowed);
-                } else {
-                    // Paths among the allowed alone are a little worse than those that were calibrated, and the more
-                    // so where the query lies at the edge of what is allowed.
-                    let more = if around >= 0.05 { 1.25 } else { 1.0 } * (share / around).max(1.0);
-                    let near = pool.entries().first().map_or(start.1, |entry| entry_node(*entry));
-                    self.graph.walk_allowed(query, near, &allowed, (ef as f32 * more) as usize, pool, budget)?;
-                }
-            }
+            // A walk asks thousands of times: one for each kind of filter.
+            Plan::Allowed(plan) => match plan.nodes {
+                Filtered::Bits(bits) => self.among(query, &|node| has_bit(bits, node), (k, ef), &plan, pool, budget)?,
+                Filtered::Asked(asked) => self.among(query, &asked, (k, ef), &plan, pool, budget)?,
+            },
             Plan::These(nodes) => {
                 Graph::scan(query, nodes, (k, ef), pool, budget)?;
             }
+        }
+        Ok(())
+    }
+
+    /// As the plan says.
+    fn among(
+        &self,
+        query: &impl Keys,
+        allowed: &impl Fn(u32) -> bool,
+        (k, ef): (usize, usize),
+        plan: &Allowed<'_>,
+        pool: &mut Pool,
+        budget: &mut Budget<'_>,
+    ) -> Result<(), SearchError> {
+        let start = self.graph.descend(query, 0, pool, budget)?;
+        self.graph.walk(query, start, (0, AROUND, 0), pool, budget)?;
+        let (met, within) = pool.look_around(allowed);
+        let (expected, around) = (plan.share * met as f32, within as f32 / met.max(1) as f32);
+        // Of so few some are missing by chance.
+        if (within as f32) < expected * FEW - expected.sqrt() || within == 0 {
+            pool.clear();
+        } else if around >= MANY {
+            // Twice as many as hold k allowed ones on average, so that hardly ever fewer are among them.
+            let of_all = |allowed: usize| (allowed as f32 / around) as usize;
+            self.graph.walk(query, start, (of_all(2 * k), of_all(ef), 0), pool, budget)?;
+            pool.keep(allowed);
+        } else {
+            // The more so where the query lies at the edge of what is allowed.
+            let more = (plan.share / around).max(1.0);
+            self.graph.walk_allowed(query, allowed, ((plan.ef as f32 * more) as usize).max(k), pool, budget)?;
         }
         Ok(())
     }
@@ -456,15 +525,18 @@ impl Sealed {
         let ef = ef.max(k);
         let bits = filter.bits();
         let allowed = |node: u32| match bits {
-            Some(bits) => bits.get(node as usize / 64).is_some_and(|word| word >> (node % 64) & 1 == 1),
+            Some(bits) => has_bit(bits, node),
             None => filter.allows(Slot(node)),
         };
         let share = self.share(filter);
+        let among = self.among(ef);
         let scan = scan_cost(self.nodes, share, bits.is_some());
         if walk_cost(ef, share) < scan {
             // What is allowed may be scattered far from the query, where a walk is long: no longer than the scan.
             budget.give_up_after(scan as u64);
-            let walked = walker.nearest(exact, (k, ef), Plan::Allowed(&allowed, share), scratch, budget);
+            let nodes = bits.map_or(Filtered::Asked(&allowed), Filtered::Bits);
+            let plan = Plan::Allowed(Allowed { nodes, share, ef: among });
+            let walked = walker.nearest(exact, (k, ef), plan, scratch, budget);
             let gave_up = budget.gave_up();
             budget.go_on();
             match walked {

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use proptest::prelude::*;
 
 use super::*;
-use crate::sealed::CALIBRATED_K;
+use crate::sealed::{CALIBRATED_K, MAGIC_3, header};
 
 mod bits;
 
@@ -180,25 +180,87 @@ fn a_filter_gives_k_hits_where_k_exist() {
     }
 }
 
+/// Bits of a tenth of the slots, scattered.
+fn a_tenth(nodes: usize) -> Bits {
+    let mut bits = vec![0u64; nodes.div_ceil(64)];
+    let mut random = Random(99);
+    (0..nodes).filter(|_| random.next().is_multiple_of(10)).for_each(|slot| bits[slot / 64] |= 1 << (slot % 64));
+    Bits(bits)
+}
+
+struct Bits(Vec<u64>);
+impl Filter for Bits {
+    fn allows(&self, slot: Slot) -> bool {
+        self.0[slot.0 as usize / 64] >> (slot.0 % 64) & 1 == 1
+    }
+    fn bits(&self) -> Option<&[u64]> {
+        Some(&self.0)
+    }
+}
+
+/// The same allowed nodes, without bits.
+struct Asked<'a>(&'a Bits);
+impl Filter for Asked<'_> {
+    fn allows(&self, slot: Slot) -> bool {
+        self.0.allows(slot)
+    }
+    fn selectivity(&self) -> Option<f32> {
+        Some(0.1)
+    }
+}
+
+/// One factor served all collections, which was more than twice what some needed and not enough for others.
+#[test]
+fn a_walk_among_a_tenth_is_calibrated_and_looks_at_less_than_a_scan() {
+    let space = Space::new(12, Metric::L2, Element::F32).unwrap();
+    let n = 22_000;
+    let (rows, queries) = data(&space, n, 15);
+    let sections = build(&space, &rows, &Params { ef_construction: 80, ..Params::default() }, 2, &|| true).unwrap();
+    let open = |graph: &[u8]| Sealed::open(space, region(&sections.vectors), region(&sections.codes), region(graph));
+    let sealed = open(&sections.graph).unwrap();
+    // A header of the version before ends earlier: what it doesn't tell is a quarter more.
+    let mut before = sections.graph.clone();
+    before[..4].copy_from_slice(&MAGIC_3.to_le_bytes());
+    before.drain(header::AMONG..header::SIZE);
+    let before = open(&before).unwrap();
+    let more = sealed.calibration.map(|known| known.ef + known.ef / 4);
+    assert_eq!(before.calibration.map(|known| known.among), more);
+    assert_ne!(sealed.calibration.map(|known| known.among), more);
+
+    let tenth = a_tenth(n);
+    let allowed = tenth.0.iter().map(|word| word.count_ones()).sum::<u32>();
+    let asked = Asked(&tenth);
+    let filters: [&dyn Filter; 2] = [&tenth, &asked];
+    let (mut scratch, mut out) = (Scratch::default(), Vec::new());
+    for (index, name) in [(&sealed, "calibrated"), (&before, "before")] {
+        for (filter, target) in filters.iter().flat_map(|filter| [0.9, 0.95].map(|target| (*filter, target))) {
+            let request = Request { filter: Some(filter), effort: Effort::Recall(target), ..Request::nearest(10) };
+            let exact = Request { exact: true, ..request.clone() };
+            let (mut right, mut distances) = (0, 0);
+            for query in &queries {
+                index.search(query, &exact, &mut scratch, &mut out).unwrap();
+                let limit = out.last().unwrap().distance;
+                distances += index.search(query, &request, &mut scratch, &mut out).unwrap().distances;
+                assert_eq!(out.len(), 10);
+                right += out.iter().filter(|hit| hit.distance <= limit && filter.allows(hit.slot)).count();
+            }
+            let (recall, distances) = (right as f32 / (10 * queries.len()) as f32, distances / queries.len() as u64);
+            assert!(recall >= target - 0.03, "{name}, {target}: {recall}");
+            assert!(distances < u64::from(allowed), "{name}, {target}: {distances}");
+        }
+    }
+}
+
 /// Filters keep their bits in whole words, which a collection of another size than a multiple of 64 doesn't fill; a scan of
 /// what is set once ran past the end.
 #[test]
 fn bits_behind_the_end_of_a_filter_are_nobodys() {
-    struct All(Vec<u64>);
-    impl Filter for All {
-        fn allows(&self, _: Slot) -> bool {
-            true
-        }
-        fn bits(&self) -> Option<&[u64]> {
-            Some(&self.0)
-        }
-    }
     let space = Space::new(8, Metric::L2, Element::F32).unwrap();
     let (rows, queries) = data(&space, 1_001, 5);
     let (mut scratch, mut out) = (Scratch::default(), Vec::new());
     for quantization in [Quantization::None, Quantization::Sq8] {
         let sealed = seal(space, &rows, &Params { quantization, ..Params::default() });
-        let all = All(vec![u64::MAX; 20]);
+        let all = Bits(vec![u64::MAX; 20]);
         for exact in [false, true] {
             let request = Request { filter: Some(&all), exact, ..Request::nearest(2_000) };
             sealed.search(&queries[0], &request, &mut scratch, &mut out).unwrap();
