@@ -12,7 +12,7 @@ use crate::kernels::Prepared;
 use crate::raw::{Huge, Place};
 use crate::request::{Budget, Scratch};
 use crate::sealed::{
-    Allowed, CALIBRATED_K, Calibrated, Calibration, Filtered, MAGIC, Plan, TARGETS, Walker, among, header,
+    Allowed, CALIBRATED_K, Calibrated, Calibration, Filtered, MAGIC, Plan, SHARES, TARGETS, Walker, among, header,
     rows_are_codes,
 };
 use crate::space::Quantization;
@@ -22,8 +22,10 @@ use crate::{Element, Metric, Params, Space};
 const GRAPH_FROM: usize = 1_000;
 /// Rows that are kept out until the graph has been calibrated with them.
 const HELD_OUT: usize = 500;
-/// With fewer rows all that a filter allows is compared rather than walked.
-const FILTERED_FROM: usize = 20_000;
+/// Where a filter allows fewer rows all of them are compared rather than walked among.
+const WALKED_FROM: f32 = 2_000.0;
+/// Candidates of a filtered walk that are tried at most: a scan costs less than more.
+const MOST_FILTERED: u32 = 512;
 /// The part of what a recall misses that filtered walks are to find besides: filters differ.
 const MARGIN: f32 = 0.15;
 /// Rows of those kept out that filtered walks are calibrated with.
@@ -281,18 +283,28 @@ fn calibrate(
     threads: usize,
 ) -> Calibration {
     let all = Questions::new(walker, fine, queries, &|node| !is_held(node), threads);
-    let efs = all.efs(&TARGETS, &|_| Plan::All);
+    let efs = all.efs(&TARGETS, &EFS, &|_| Plan::All).map(|ef| ef.unwrap_or(EFS[EFS.len() - 1]));
     let reached = all.recall(&efs, &|_| Plan::All);
-    let among = if walker.graph.nodes < FILTERED_FROM {
-        efs.map(among)
-    } else {
+    let mut among = efs.map(among);
+    for (n, share) in SHARES.iter().enumerate() {
+        if (walker.graph.nodes as f32) < WALKED_FROM / share {
+            continue;
+        }
         // Scattered as if by chance.
-        let is_allowed = |node: u32| !is_held(node) && node.wrapping_mul(0x9e37_79b9) >> 16 < 6_554;
+        let end = (share * 65_536.0) as u32;
+        let is_allowed = |node: u32| !is_held(node) && node.wrapping_mul(0x9e37_79b9) >> 16 < end;
         let some = Questions::new(walker, fine, &queries[..queries.len().min(FILTERED)], &is_allowed, threads);
-        some.efs(&TARGETS.map(|target| target + (1.0 - target) * MARGIN), &|ef| {
-            Plan::Allowed(Allowed { nodes: Filtered::Asked(&is_allowed), share: 0.1, ef })
-        })
-    };
+        let targets = TARGETS.map(|target| target + (1.0 - target) * MARGIN);
+        let tried = &EFS[..EFS.iter().filter(|ef| **ef <= MOST_FILTERED).count()];
+        let measured = some.efs(&targets, tried, &|ef| {
+            Plan::Allowed(Allowed {
+                nodes: Filtered::Asked(&is_allowed),
+                share: *share,
+                efs: [ef as f32; SHARES.len()],
+            })
+        });
+        among.iter_mut().zip(measured).for_each(|(among, ef)| among[n] = ef.unwrap_or(MOST_FILTERED));
+    }
     std::array::from_fn(|n| Calibrated { ef: efs[n], recall: reached[n], among: among[n] })
 }
 
@@ -365,20 +377,20 @@ impl<'a> Questions<'a> {
         found.iter().map(|found| found.load(Ordering::Relaxed) as f32 / all).collect()
     }
 
-    /// For each target the ef that reaches it, the largest tried where none does.
+    /// For each target the ef that reaches it, if one of those tried does.
     fn efs<'p>(
         &self,
         targets: &[f32; TARGETS.len()],
+        efs: &[u32],
         plan: &(impl Fn(usize) -> Plan<'p> + Sync),
-    ) -> [u32; TARGETS.len()] {
-        let tried = self.recall(&EFS, plan);
-        targets.map(|target| match tried.iter().position(|recall| *recall >= target) {
-            None => EFS[EFS.len() - 1],
-            Some(0) => EFS[0],
+    ) -> [Option<u32>; TARGETS.len()] {
+        let tried = self.recall(efs, plan);
+        targets.map(|target| match tried.iter().position(|recall| *recall >= target)? {
+            0 => Some(efs[0]),
             // Between two that were tried recall rises about evenly.
-            Some(at) => {
+            at => {
                 let share = (target - tried[at - 1]) / (tried[at] - tried[at - 1]).max(f32::MIN_POSITIVE);
-                EFS[at - 1] + ((EFS[at] - EFS[at - 1]) as f32 * share).ceil() as u32
+                Some(efs[at - 1] + ((efs[at] - efs[at - 1]) as f32 * share).ceil() as u32)
             }
         })
     }
@@ -461,7 +473,9 @@ fn head(m: usize, nodes: usize, counts: &[usize], coder: Option<&Coder>, calibra
     for (n, known) in calibration.iter().enumerate() {
         put(header::EF + n * 4, known.ef);
         put(header::RECALL + n * 4, known.recall.to_bits());
-        put(header::AMONG + n * 4, known.among);
+        for (share, among) in known.among.iter().enumerate() {
+            put(header::AMONG + (share * TARGETS.len() + n) * 4, *among);
+        }
     }
     for (layer, count) in counts.iter().enumerate().take(MAX_LAYER + 1) {
         put(header::COUNTS + layer * 4, *count as u32);

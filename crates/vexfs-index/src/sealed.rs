@@ -38,10 +38,10 @@ pub(crate) mod header {
     pub const RECALL: usize = EF + super::TARGETS.len() * 4;
     /// [`super::MAX_LAYER`] + 1 counts of nodes, by layer.
     pub const COUNTS: usize = RECALL + super::TARGETS.len() * 4;
-    /// As [`EF`], for walks among what a filter allows.
+    /// As [`EF`], for walks among what a filter allows: a tenth of all, then three hundredths.
     pub const AMONG: usize = COUNTS + (super::MAX_LAYER + 1) * 4;
     /// Bytes of the header.
-    pub const SIZE: usize = AMONG + super::TARGETS.len() * 4;
+    pub const SIZE: usize = AMONG + super::SHARES.len() * super::TARGETS.len() * 4;
 }
 /// Recalls that a graph is calibrated for.
 pub(crate) const TARGETS: [f32; 8] = [0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999];
@@ -53,16 +53,19 @@ pub(crate) struct Calibrated {
     pub ef: u32,
     /// The recall that these came to.
     pub recall: f32,
-    /// Candidates of a walk among what a filter allows.
-    pub among: u32,
+    /// Candidates of a walk among what a filter allows, for each of [`SHARES`].
+    pub among: [u32; SHARES.len()],
 }
+
+/// Parts that a filter allows for which walks are calibrated.
+pub(crate) const SHARES: [f32; 2] = [0.1, 0.03];
 
 /// For each of [`TARGETS`].
 pub(crate) type Calibration = [Calibrated; TARGETS.len()];
 
-/// Candidates of a walk among the allowed where nothing was measured: paths among them are a little worse.
-pub(crate) fn among(ef: u32) -> u32 {
-    ef + ef / 4
+/// Candidates of walks among the allowed where nothing was measured: paths among them are worse.
+pub(crate) fn among(ef: u32) -> [u32; SHARES.len()] {
+    [ef + ef / 4, 2 * ef + ef / 2]
 }
 
 /// Bytes that are no sealed index.
@@ -159,7 +162,10 @@ impl Sealed {
             let ef_at = |at: usize| u32_at(bytes, at + n * 4).clamp(1, 1 << 20);
             known.ef = ef_at(header::EF);
             known.recall = f32::from_bits(u32_at(bytes, header::RECALL + n * 4));
-            known.among = if measured_among { ef_at(header::AMONG) } else { among(known.ef) };
+            known.among = match measured_among {
+                true => std::array::from_fn(|share| ef_at(header::AMONG + share * TARGETS.len() * 4)),
+                false => among(known.ef),
+            };
         }
         let graph = match layers {
             0 => None,
@@ -225,11 +231,11 @@ impl Sealed {
         Some(ef.max(1))
     }
 
-    /// As many candidates of a walk among the allowed as find what `ef` find without a filter.
-    fn among(&self, ef: usize) -> usize {
+    /// For each of [`SHARES`] as many candidates of a walk among the allowed as find what `ef` find without a filter.
+    fn among(&self, ef: usize) -> [f32; SHARES.len()] {
         let known = self.calibration.iter().find(|known| known.ef as usize >= ef);
-        let Calibrated { ef: known, among, .. } = known.unwrap_or(&self.calibration[TARGETS.len() - 1]);
-        (ef as u64 * u64::from(*among)).div_ceil(u64::from(*known).max(1)) as usize
+        let known = known.unwrap_or(&self.calibration[TARGETS.len() - 1]);
+        known.among.map(|among| ef as f32 * among as f32 / known.ef.max(1) as f32)
     }
 
     /// The share of slots that the filter allows, as it says, or by asking it about some.
@@ -301,8 +307,17 @@ pub(crate) struct Allowed<'a> {
     pub nodes: Filtered<'a>,
     /// The part that is allowed of all.
     pub share: f32,
-    /// Candidates of a walk among them.
-    pub ef: usize,
+    /// Candidates of a walk among them where they are one of [`SHARES`].
+    pub efs: [f32; SHARES.len()],
+}
+
+impl Allowed<'_> {
+    /// Candidates where so large a part is allowed: between those calibrated as a power of it.
+    fn ef(&self, share: f32) -> f32 {
+        let ([many, few], [least, most]) = (SHARES, self.efs);
+        let towards_few = ((many / share).ln() / (many / few).ln()).clamp(0.0, 1.0);
+        least * (most / least.max(1.0)).powf(towards_few)
+    }
 }
 
 /// A query against rows themselves.
@@ -335,6 +350,9 @@ const ASKED: usize = 3;
 const AROUND: usize = 8;
 /// The part of a filter's share that must be allowed there for a walk to find what is nearest.
 const FEW: f32 = 0.8;
+/// Where less is allowed, here as everywhere, too little of it lies two links off for a walk to get on: with a hundredth of a
+/// million rows 512 candidates found less than 0.95.
+const SPARSE: f32 = 0.025;
 /// Where this part is allowed, a walk through all with as many more candidates costs less than one among the allowed.
 const MANY: f32 = 0.4;
 
@@ -447,8 +465,9 @@ impl Walker<'_> {
         self.graph.walk(query, start, (0, AROUND, 0), pool, budget)?;
         let (met, within) = pool.look_around(allowed);
         let (expected, around) = (plan.share * met as f32, within as f32 / met.max(1) as f32);
+        let dense = plan.share.max(around);
         // Of so few some are missing by chance.
-        if (within as f32) < expected * FEW - expected.sqrt() || within == 0 {
+        if (within as f32) < expected * FEW - expected.sqrt() || within == 0 || dense < SPARSE {
             pool.clear();
         } else if around >= MANY {
             // Twice as many as hold k allowed ones on average, so that hardly ever fewer are among them.
@@ -458,7 +477,8 @@ impl Walker<'_> {
         } else {
             // The more so where the query lies at the edge of what is allowed.
             let more = (plan.share / around).max(1.0);
-            self.graph.walk_allowed(query, allowed, ((plan.ef as f32 * more) as usize).max(k), pool, budget)?;
+            let ef = plan.ef(dense) * more;
+            self.graph.walk_allowed(query, allowed, (ef as usize).max(k), pool, budget)?;
         }
         Ok(())
     }
@@ -498,8 +518,8 @@ impl Scratch {
 }
 
 /// What a filtered walk costs, in distances of an unfiltered one, for each candidate; measured (see `share`).
-fn walk_cost(ef: usize, share: f32) -> f32 {
-    ef as f32 * 16.0 * (1.0 + (1.0 / share.max(1e-4)).min(16.0) / 4.0)
+fn walk_cost(ef: f32, share: f32) -> f32 {
+    ef * 13.0 * (1.0 + (1.0 / share.max(1e-4)).min(16.0) / 4.0)
 }
 
 /// What comparing with all that is allowed costs, in the same unit: memory is read in order.
@@ -524,19 +544,15 @@ impl Sealed {
         // Some of what a walk meets isn't allowed.
         let ef = ef.max(k);
         let bits = filter.bits();
-        let allowed = |node: u32| match bits {
-            Some(bits) => has_bit(bits, node),
-            None => filter.allows(Slot(node)),
-        };
+        let allowed = |node: u32| filter.allows(Slot(node));
         let share = self.share(filter);
-        let among = self.among(ef);
+        let nodes = bits.map_or(Filtered::Asked(&allowed), Filtered::Bits);
+        let plan = Allowed { nodes, share, efs: self.among(ef) };
         let scan = scan_cost(self.nodes, share, bits.is_some());
-        if walk_cost(ef, share) < scan {
+        if walk_cost(plan.ef(share), share) < scan {
             // What is allowed may be scattered far from the query, where a walk is long: no longer than the scan.
             budget.give_up_after(scan as u64);
-            let nodes = bits.map_or(Filtered::Asked(&allowed), Filtered::Bits);
-            let plan = Plan::Allowed(Allowed { nodes, share, ef: among });
-            let walked = walker.nearest(exact, (k, ef), plan, scratch, budget);
+            let walked = walker.nearest(exact, (k, ef), Plan::Allowed(plan), scratch, budget);
             let gave_up = budget.gave_up();
             budget.go_on();
             match walked {

@@ -223,7 +223,7 @@ fn a_walk_among_a_tenth_is_calibrated_and_looks_at_less_than_a_scan() {
     before[..4].copy_from_slice(&MAGIC_3.to_le_bytes());
     before.drain(header::AMONG..header::SIZE);
     let before = open(&before).unwrap();
-    let more = sealed.calibration.map(|known| known.ef + known.ef / 4);
+    let more = sealed.calibration.map(|known| [known.ef + known.ef / 4, 2 * known.ef + known.ef / 2]);
     assert_eq!(before.calibration.map(|known| known.among), more);
     assert_ne!(sealed.calibration.map(|known| known.among), more);
 

@@ -29,11 +29,18 @@ pub struct FilterArgs {
     /// Recall that all searches ask for.
     #[arg(long, default_value_t = 0.95)]
     recall: f32,
+    /// Filters: independent of the query, the rows near it or far from it, or regions (64 cells).
+    #[arg(long, value_delimiter = ',', value_parser = FILTERS, default_values = FILTERS)]
+    filter: Vec<String>,
+    /// Parts of the rows that they allow.
+    #[arg(long, value_delimiter = ',', default_values_t = [0.5, 0.1, 0.01, 0.001])]
+    share: Vec<f64>,
     /// Queries that are run.
     #[arg(long, default_value_t = 200)]
     count: usize,
 }
 
+const FILTERS: [&str; 5] = ["independent", "near", "far", "near regions", "far regions"];
 /// Regions that the rows are told apart by.
 const PIVOTS: usize = 64;
 
@@ -94,13 +101,11 @@ pub fn filter(args: &FilterArgs) -> Result<(), String> {
         "{:<14} {:>7} {:>7} {:>9} {:>10} {:>9} {:>9} {:>9}",
         "filter", "share", "recall", "us", "plain us", "ratio", "exact us", "ratio"
     );
-    for kind in ["independent", "near", "far", "near regions", "far regions"] {
-        for share in [0.5, 0.1, 0.01, 0.001] {
+    for kind in &args.filter {
+        for share in args.share.iter().copied() {
             let wanted = (n as f64 * share) as usize;
             let mut filters = Vec::new();
             for (number, query) in queries.iter().enumerate() {
-                let mut distances: Vec<(f32, usize)> =
-                    (0..n).map(|slot| (space.distance(query, index.row(Slot(slot as u32))), slot)).collect();
                 let by_region = |nearest: bool| {
                     let mut order: Vec<usize> = (0..pivots.len()).collect();
                     let mut row = Vec::new();
@@ -122,7 +127,7 @@ pub fn filter(args: &FilterArgs) -> Result<(), String> {
                     slots.truncate(wanted);
                     bits(n, slots.into_iter())
                 };
-                let allowed = match kind {
+                let allowed = match kind.as_str() {
                     "independent" => bits(
                         n,
                         (0..n).filter(|slot| {
@@ -133,6 +138,8 @@ pub fn filter(args: &FilterArgs) -> Result<(), String> {
                     "near regions" => by_region(true),
                     "far regions" => by_region(false),
                     kind => {
+                        let far = |slot: usize| (space.distance(query, index.row(Slot(slot as u32))), slot);
+                        let mut distances: Vec<(f32, usize)> = (0..n).map(far).collect();
                         distances.sort_by(|a, b| a.0.total_cmp(&b.0));
                         let some = if kind == "near" { &distances[..wanted] } else { &distances[n - wanted..] };
                         bits(n, some.iter().map(|(_, slot)| *slot))
