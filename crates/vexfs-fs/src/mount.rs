@@ -150,7 +150,8 @@ pub fn mount(options: &MountOptions) -> Result<Mounted, MountError> {
     let state_fd = open_dir(&state)?;
     let log = open_log(&state_fd).map_err(|why| error(state.join(LOG).display(), io::Error::from(why)))?;
     let owned = |why: Errno| error(source.display(), io::Error::from(why));
-    let nodes = Arc::new(Nodes::new(rustix::io::dup(&root).map_err(owned)?, most_files / 2).map_err(owned)?);
+    let room = (most_files / 2).min(most_files.saturating_sub(ON_THEIR_WAY));
+    let nodes = Arc::new(Nodes::new(rustix::io::dup(&root).map_err(owned)?, room).map_err(owned)?);
     let files_root = Arc::new(Source::new(root).map_err(owned)?);
     let store = Options {
         memory: options.memory,
@@ -199,6 +200,8 @@ pub fn mount(options: &MountOptions) -> Result<Mounted, MountError> {
     Ok(Mounted { mountpoint, device, volume, stop, walker, server, log })
 }
 
+/// Descriptors that stay for files which come while others are being forgotten: the evictor may have to wait for a processor.
+const ON_THEIR_WAY: usize = 750;
 /// The log of a daemon that nobody watches, in the state directory.
 const LOG: &str = "log";
 /// One that is longer at a mount makes place for a new one; the one before is kept.

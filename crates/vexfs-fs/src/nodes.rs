@@ -37,7 +37,7 @@ pub struct Node {
     /// On the root's file system, where numbers are the store's.
     pub native: bool,
     lookups: AtomicU64,
-    /// A directory's only name; of a file that had several at a time, the one by which it was last met.
+    /// A directory's only name; of a file that had several at a time or where few are known, the one by which it was last met.
     place: Mutex<Option<(u64, OsString)>>,
     /// One of its names is a vector file's.
     pub interesting: AtomicBool,
@@ -74,6 +74,8 @@ const MANY: usize = 4096;
 const CROWDED: Duration = Duration::from_micros(100);
 /// How long the evictor waits for the kernel to forget before it goes on.
 const FORGETTING: Duration = Duration::from_millis(20);
+/// With room for fewer nodes than that all names are known.
+const SMALL: usize = 10_000;
 /// No node has gone for so long: memory is given back.
 const QUIET: Duration = Duration::from_millis(300);
 
@@ -137,7 +139,7 @@ impl Nodes {
         let known = self.known.read();
         let node = known.get(&id)?;
         node.lookups.fetch_add(1, Ordering::AcqRel);
-        node.settle(place, stat.st_nlink > 1);
+        node.settle(place, self.keeps_name(stat));
         Some(Arc::clone(node))
     }
 
@@ -147,16 +149,23 @@ impl Nodes {
         let mut known = self.known.write();
         let node = known.entry(id).or_insert_with(|| Arc::new(self.node(id, fd, stat)));
         node.lookups.fetch_add(1, Ordering::AcqRel);
-        node.settle(place, stat.st_nlink > 1);
+        node.settle(place, self.keeps_name(stat));
         let node = Arc::clone(node);
-        let crowded = known.len() > self.room;
-        self.most.fetch_max(known.len(), Ordering::AcqRel);
+        let nodes = known.len();
+        self.most.fetch_max(nodes, Ordering::AcqRel);
         drop(known);
-        if crowded {
+        if nodes > self.room {
             self.wake_evictor();
-            std::thread::sleep(CROWDED);
+            // The less room is left the longer.
+            std::thread::sleep(if nodes - self.room > self.room / 2 { 10 * CROWDED } else { CROWDED });
         }
         node
+    }
+
+    /// Is it worth its memory to know what a file is called? It is where the file may be met under another name, and where so
+    /// few files may be known that the evictor has no time to look for their names.
+    fn keeps_name(&self, stat: &Stat) -> bool {
+        stat.st_nlink > 1 || self.room < SMALL
     }
 
     /// Are so many gone that the memory is worth giving back?
@@ -203,18 +212,37 @@ impl Nodes {
     }
 
     fn evict(&self, over: &AtomicBool, forget: &dyn Fn(u64, &OsStr)) {
-        let dirs: Vec<Arc<Node>> = self.known.read().values().filter(|node| node.is_dir()).cloned().collect();
-        for dir in dirs {
+        let is_idle = |node: &Arc<Node>| !node.is_dir() && node.handles.load(Ordering::Acquire) == 0;
+        let has_room = || self.known.read().len() <= self.room / 2 || over.load(Ordering::Acquire);
+        // Numbers, because a node that is held here keeps its descriptor.
+        let numbers = |of: &dyn Fn(&Arc<Node>) -> bool| {
+            self.known.read().values().filter(|node| of(node)).map(|node| node.id).collect::<Vec<u64>>()
+        };
+        let mut named = 0;
+        for id in numbers(&is_idle) {
+            let place = self.known.read().get(&id).and_then(|node| node.place.lock().clone());
+            let Some((dir, name)) = place else { continue };
+            forget(dir, &name);
+            named += 1;
+            if has_room() {
+                return;
+            }
+        }
+        if named > self.room / 4 {
+            // What the kernel forgets comes back a little later.
+            return;
+        }
+        for id in numbers(&|node| node.is_dir()) {
+            let Ok(dir) = self.get(id) else { continue };
             let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
             let listed = openat(&dir.fd, c".", flags, Mode::empty()).and_then(Dir::read_from);
             // One that can't be listed keeps what is known of it.
             for entry in listed.into_iter().flatten().flatten() {
-                let idle = |node: &Arc<Node>| !node.is_dir() && node.handles.load(Ordering::Acquire) == 0;
-                if self.known.read().get(&entry.ino()).is_some_and(idle) {
+                if self.known.read().get(&entry.ino()).is_some_and(is_idle) {
                     forget(dir.id, OsStr::from_bytes(entry.file_name().to_bytes()));
                 }
             }
-            if self.known.read().len() <= self.room / 2 || over.load(Ordering::Acquire) {
+            if has_room() {
                 return;
             }
         }

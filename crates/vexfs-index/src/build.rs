@@ -356,12 +356,13 @@ impl<'a> Questions<'a> {
             while let Some((query, limit)) = self.asked.get(next.fetch_add(1, Ordering::Relaxed)) {
                 let exact = Prepared::new(self.walker.space, query);
                 for (n, ef) in efs.iter().enumerate() {
-                    let (ef, mut budget) = (*ef as usize, Budget::unlimited());
-                    let walked = self.walker.nearest(&exact, (CALIBRATED_K, ef), plan(ef), &mut scratch, &mut budget);
+                    let (ef, plan, mut budget) = (*ef as usize, plan(*ef as usize), Budget::unlimited());
+                    let is_filtered = matches!(plan, Plan::Allowed(_));
+                    let walked = self.walker.nearest(&exact, (CALIBRATED_K, ef), plan, &mut scratch, &mut budget);
                     let hits = if walked.is_ok() { scratch.best.iter() } else { break };
                     let right = match hits.len() {
-                        // A walk that finds too few is followed by a scan.
-                        ..CALIBRATED_K => CALIBRATED_K,
+                        // A filtered walk that finds too few is followed by a scan.
+                        ..CALIBRATED_K if is_filtered => CALIBRATED_K,
                         _ => hits.filter(|hit| hit.distance <= *limit).count().min(CALIBRATED_K),
                     };
                     found[n].fetch_add(right, Ordering::Relaxed);

@@ -350,8 +350,7 @@ const ASKED: usize = 3;
 const AROUND: usize = 8;
 /// The part of a filter's share that must be allowed there for a walk to find what is nearest.
 const FEW: f32 = 0.8;
-/// Where less is allowed, here as everywhere, too little of it lies two links off for a walk to get on: with a hundredth of a
-/// million rows 512 candidates found less than 0.95.
+/// Where less is allowed, here as everywhere, too little of it lies two links off for a walk to get on (decision 17).
 const SPARSE: f32 = 0.025;
 /// Where this part is allowed, a walk through all with as many more candidates costs less than one among the allowed.
 const MANY: f32 = 0.4;
