@@ -12,8 +12,8 @@ use crate::kernels::Prepared;
 use crate::raw::{Huge, Place};
 use crate::request::{Budget, Scratch};
 use crate::sealed::{
-    Allowed, CALIBRATED_K, Calibrated, Calibration, Filtered, MAGIC, Plan, SHARES, TARGETS, Walker, among, header,
-    rows_are_codes,
+    Allowed, CALIBRATED_K, Calibrated, Calibration, Filtered, MAGIC, Plan, SHARES, TARGETS, Walker, among_unmeasured,
+    header, rows_are_codes,
 };
 use crate::space::Quantization;
 use crate::{Element, Metric, Params, Space};
@@ -285,7 +285,7 @@ fn calibrate(
     let all = Questions::new(walker, fine, queries, &|node| !is_held(node), threads);
     let efs = all.efs(&TARGETS, &EFS, &|_| Plan::All).map(|ef| ef.unwrap_or(EFS[EFS.len() - 1]));
     let reached = all.recall(&efs, &|_| Plan::All);
-    let mut among = efs.map(among);
+    let mut among = efs.map(among_unmeasured);
     for (n, share) in SHARES.iter().enumerate() {
         if (walker.graph.nodes as f32) < WALKED_FROM / share {
             continue;

@@ -35,7 +35,7 @@ pub use explore::{Connectivity, Explorer, LayerReport};
 pub use flat::Flat;
 pub use mutable::{Mutable, Reach};
 pub use raw::{Huge, Place};
-pub use request::{Effort, Filter, Neighbor, Request, Scratch, SearchError, Stats, Until};
+pub use request::{Bits, Effort, Filter, Neighbor, Request, Scratch, SearchError, Stats, Until};
 pub use sealed::{FormatError, Sealed};
 pub use space::{Element, Metric, Quantization, Space, SpaceError, VectorError};
 

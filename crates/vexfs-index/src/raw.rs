@@ -53,15 +53,12 @@ impl Huge {
         if len == 0 {
             return Some(Huge { start: NonNull::<AtomicU32>::dangling().cast(), len });
         }
-        // Miri knows no more of mappings than that they are there.
-        let flags = if cfg!(miri) { MapFlags::PRIVATE } else { MapFlags::PRIVATE | MapFlags::NORESERVE };
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         // SAFETY: a new anonymous mapping at an address of the kernel's choice overlaps nothing.
         let start = unsafe { mmap_anonymous(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, flags) };
         let start = NonNull::new(start.ok()?)?;
-        if !cfg!(miri) {
-            // SAFETY: the range is the mapping just made. Advice that isn't followed costs speed only.
-            let _ = unsafe { madvise(start.as_ptr(), len, Advice::LinuxHugepage) };
-        }
+        // SAFETY: the range is the mapping just made. Advice that isn't followed costs speed only.
+        let _ = unsafe { madvise(start.as_ptr(), len, Advice::LinuxHugepage) };
         Some(Huge { start: start.cast(), len })
     }
 

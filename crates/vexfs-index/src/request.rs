@@ -37,6 +37,34 @@ pub trait Filter: Sync {
     }
 }
 
+/// Slots as bits.
+pub struct Bits(
+    /// See [`Filter::bits`]. Slots behind the end may not be returned.
+    pub Vec<u64>,
+);
+
+impl Bits {
+    /// These slots, all below `len`.
+    pub fn of(len: usize, slots: impl IntoIterator<Item = usize>) -> Bits {
+        let mut words = vec![0; len.div_ceil(64)];
+        slots.into_iter().for_each(|slot| words[slot / 64] |= 1 << (slot % 64));
+        Bits(words)
+    }
+}
+
+impl Filter for Bits {
+    fn allows(&self, slot: Slot) -> bool {
+        has_bit(&self.0, slot.0)
+    }
+    fn bits(&self) -> Option<&[u64]> {
+        Some(&self.0)
+    }
+}
+
+pub(crate) fn has_bit(bits: &[u64], node: u32) -> bool {
+    bits.get(node as usize / 64).is_some_and(|word| word >> (node % 64) & 1 == 1)
+}
+
 /// How long an answer is wanted.
 #[derive(Copy, Clone, Default)]
 pub struct Until<'a> {

@@ -11,7 +11,7 @@ use crate::graph::{Coded, Graph, Keys, MOST_NODES, Nodes, Pool, entry_key, entry
 use crate::hnsw::MAX_LAYER;
 use crate::kernels::{Prepared, prefetch};
 use crate::raw::{Huge, Words};
-use crate::request::{Budget, Candidate, deliver, keep, scan};
+use crate::request::{Budget, Candidate, deliver, has_bit, keep, scan};
 use crate::{
     Effort, Element, Filter, Index, Memory, Neighbor, Region, Request, Scratch, SearchError, Slot, Space, Stats,
 };
@@ -64,7 +64,7 @@ pub(crate) const SHARES: [f32; 2] = [0.1, 0.03];
 pub(crate) type Calibration = [Calibrated; TARGETS.len()];
 
 /// Candidates of walks among the allowed where nothing was measured: paths among them are worse.
-pub(crate) fn among(ef: u32) -> [u32; SHARES.len()] {
+pub(crate) fn among_unmeasured(ef: u32) -> [u32; SHARES.len()] {
     [ef + ef / 4, 2 * ef + ef / 2]
 }
 
@@ -164,7 +164,7 @@ impl Sealed {
             known.recall = f32::from_bits(u32_at(bytes, header::RECALL + n * 4));
             known.among = match measured_among {
                 true => std::array::from_fn(|share| ef_at(header::AMONG + share * TARGETS.len() * 4)),
-                false => among(known.ef),
+                false => among_unmeasured(known.ef),
             };
         }
         let graph = match layers {
@@ -295,10 +295,6 @@ pub(crate) enum Filtered<'a> {
     /// A bit each; those behind the end are not allowed.
     Bits(&'a [u64]),
     Asked(&'a dyn Fn(u32) -> bool),
-}
-
-fn has_bit(bits: &[u64], node: u32) -> bool {
-    bits.get(node as usize / 64).is_some_and(|word| word >> (node % 64) & 1 == 1)
 }
 
 /// What a filter allows. Of walks, nothing is found where what is near the query is allowed much less than elsewhere: what is
@@ -440,8 +436,10 @@ impl Walker<'_> {
             }
             // A walk asks thousands of times: one for each kind of filter.
             Plan::Allowed(plan) => match plan.nodes {
-                Filtered::Bits(bits) => self.among(query, &|node| has_bit(bits, node), (k, ef), &plan, pool, budget)?,
-                Filtered::Asked(asked) => self.among(query, &asked, (k, ef), &plan, pool, budget)?,
+                Filtered::Bits(bits) => {
+                    self.among_allowed(query, &|node| has_bit(bits, node), (k, ef), &plan, pool, budget)?
+                }
+                Filtered::Asked(asked) => self.among_allowed(query, &asked, (k, ef), &plan, pool, budget)?,
             },
             Plan::These(nodes) => {
                 Graph::scan(query, nodes, (k, ef), pool, budget)?;
@@ -451,7 +449,7 @@ impl Walker<'_> {
     }
 
     /// As the plan says.
-    fn among(
+    fn among_allowed(
         &self,
         query: &impl Keys,
         allowed: &impl Fn(u32) -> bool,

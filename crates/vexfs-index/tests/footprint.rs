@@ -84,16 +84,6 @@ fn rows(space: &Space, n: u32) -> Vec<u8> {
     rows
 }
 
-struct Bits(Vec<u64>);
-impl Filter for Bits {
-    fn allows(&self, slot: Slot) -> bool {
-        self.0[slot.0 as usize / 64] >> (slot.0 % 64) & 1 == 1
-    }
-    fn bits(&self) -> Option<&[u64]> {
-        Some(&self.0)
-    }
-}
-
 /// Searches of every plan; the first time round fills the scratch, which then is enough.
 fn check(name: &str, index: &dyn Index, query: &[f32]) {
     let words = index.len().div_ceil(64);

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
-use vexfs_fs::index::{Effort, Filter, Index, Metric, Params, Request, Scratch, Sealed, Slot, build, region_from};
+use vexfs_fs::index::{
+    Bits, Effort, Filter, Index, Metric, Params, Request, Scratch, Sealed, Slot, build, region_from,
+};
 
 use super::{Rows, median, read_base, read_queries};
 
@@ -43,23 +45,6 @@ pub struct FilterArgs {
 const FILTERS: [&str; 5] = ["independent", "near", "far", "near regions", "far regions"];
 /// Regions that the rows are told apart by.
 const PIVOTS: usize = 64;
-
-struct Bits(Vec<u64>);
-
-impl Filter for Bits {
-    fn allows(&self, slot: Slot) -> bool {
-        self.0.get(slot.0 as usize / 64).is_some_and(|word| word >> (slot.0 % 64) & 1 == 1)
-    }
-    fn bits(&self) -> Option<&[u64]> {
-        Some(&self.0)
-    }
-}
-
-fn bits(n: usize, slots: impl Iterator<Item = usize>) -> Bits {
-    let mut words = vec![0; n.div_ceil(64)];
-    slots.for_each(|slot| words[slot / 64] |= 1 << (slot % 64));
-    Bits(words)
-}
 
 #[derive(Copy, Clone, PartialEq)]
 enum Run {
@@ -125,10 +110,10 @@ pub fn filter(args: &FilterArgs) -> Result<(), String> {
                     let mut slots: Vec<usize> = (0..n).collect();
                     slots.sort_by_key(|slot| (rank[region[*slot]], slot.wrapping_mul(0x9e37_79b9) % 1_000_003));
                     slots.truncate(wanted);
-                    bits(n, slots.into_iter())
+                    Bits::of(n, slots)
                 };
                 let allowed = match kind.as_str() {
-                    "independent" => bits(
+                    "independent" => Bits::of(
                         n,
                         (0..n).filter(|slot| {
                             let mixed = (slot + number * n).wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -142,7 +127,7 @@ pub fn filter(args: &FilterArgs) -> Result<(), String> {
                         let mut distances: Vec<(f32, usize)> = (0..n).map(far).collect();
                         distances.sort_by(|a, b| a.0.total_cmp(&b.0));
                         let some = if kind == "near" { &distances[..wanted] } else { &distances[n - wanted..] };
-                        bits(n, some.iter().map(|(_, slot)| *slot))
+                        Bits::of(n, some.iter().map(|(_, slot)| *slot))
                     }
                 };
                 filters.push(allowed);
