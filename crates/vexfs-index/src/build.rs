@@ -12,8 +12,8 @@ use crate::kernels::Prepared;
 use crate::raw::{Huge, Place};
 use crate::request::{Budget, Scratch};
 use crate::sealed::{
-    Allowed, CALIBRATED_K, Calibrated, Calibration, Filtered, MAGIC, Plan, SHARES, TARGETS, Walker, among_unmeasured,
-    header, rows_are_codes,
+    Allowed, CALIBRATED_K, Calibrated, Calibration, Filtered, MAGIC, Plan, SHARES, TARGETS, WIDEST, Walker,
+    among_unmeasured, header, rows_are_codes,
 };
 use crate::space::Quantization;
 use crate::{Element, Metric, Params, Space};
@@ -25,7 +25,7 @@ const HELD_OUT: usize = 500;
 /// Where a filter allows fewer rows all of them are compared rather than walked among.
 const WALKED_FROM: f32 = 2_000.0;
 /// Candidates of a filtered walk that are tried at most: a scan costs less than more.
-const MOST_FILTERED: u32 = 512;
+const MOST_FILTERED: f32 = 512.0;
 /// The part of what a recall misses that filtered walks are to find besides: filters differ.
 const MARGIN: f32 = 0.15;
 /// Rows of those kept out that filtered walks are calibrated with.
@@ -33,9 +33,14 @@ const FILTERED: usize = 250;
 /// Times that nodes which were cut off are looked for.
 const CONNECT_ROUNDS: usize = 8;
 /// Values of ef that are tried, smallest first.
-const EFS: [u32; 29] = [
-    3, 4, 5, 6, 8, 10, 12, 14, 17, 20, 24, 28, 34, 40, 48, 56, 68, 80, 96, 112, 136, 160, 192, 256, 384, 512, 1024,
-    2048, 4096,
+const EFS: [f32; 29] = [
+    3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 14.0, 17.0, 20.0, 24.0, 28.0, 34.0, 40.0, 48.0, 56.0, 68.0, 80.0, 96.0, 112.0,
+    136.0, 160.0, 192.0, 256.0, 384.0, 512.0, 1024.0, 2048.0, 4096.0,
+];
+/// Reaches that are tried, less 1, smallest first.
+const REACHES: [f32; 24] = [
+    0.0, 0.01, 0.013, 0.017, 0.022, 0.029, 0.037, 0.048, 0.063, 0.082, 0.106, 0.138, 0.18, 0.23, 0.3, 0.39, 0.51, 0.67,
+    0.87, 1.1, 1.5, 1.9, 2.5, 3.2,
 ];
 /// Links of a node at least and at most.
 pub(crate) const M: std::ops::RangeInclusive<usize> = 2..=512;
@@ -283,8 +288,11 @@ fn calibrate(
     threads: usize,
 ) -> Calibration {
     let all = Questions::new(walker, fine, queries, &|node| !is_held(node), threads);
-    let efs = all.efs(&TARGETS, &EFS, &|_| Plan::All).map(|ef| ef.unwrap_or(EFS[EFS.len() - 1]));
-    let reached = all.recall(&efs, &|_| Plan::All);
+    let most = EFS[EFS.len() - 1] as usize;
+    let efs = all.needed(&TARGETS, &EFS, &|ef| (ef as usize, Plan::All(f32::INFINITY)));
+    let efs = efs.map(|ef| ef.map_or(most as u32, |ef| ef.ceil() as u32));
+    let reaches = all.needed(&TARGETS, &REACHES, &|more| (most, Plan::All(1.0 + more)));
+    let reaches = reaches.map(|more| more.map_or(f32::INFINITY, |more| 1.0 + more));
     let mut among = efs.map(among_unmeasured);
     for (n, share) in SHARES.iter().enumerate() {
         if (walker.graph.nodes as f32) < WALKED_FROM / share {
@@ -296,16 +304,19 @@ fn calibrate(
         let some = Questions::new(walker, fine, &queries[..queries.len().min(FILTERED)], &is_allowed, threads);
         let targets = TARGETS.map(|target| target + (1.0 - target) * MARGIN);
         let tried = &EFS[..EFS.iter().filter(|ef| **ef <= MOST_FILTERED).count()];
-        let measured = some.efs(&targets, tried, &|ef| {
-            Plan::Allowed(Allowed {
-                nodes: Filtered::Asked(&is_allowed),
-                share: *share,
-                efs: [ef as f32; SHARES.len()],
-            })
+        let measured = some.needed(&targets, tried, &|ef| {
+            let nodes = Filtered::Asked(&is_allowed);
+            (ef as usize, Plan::Allowed(Allowed { nodes, share: *share, efs: [ef; SHARES.len()] }))
         });
-        among.iter_mut().zip(measured).for_each(|(among, ef)| among[n] = ef.unwrap_or(MOST_FILTERED));
+        let measured = measured.map(|ef| ef.unwrap_or(MOST_FILTERED).ceil() as u32);
+        among.iter_mut().zip(measured).for_each(|(among, ef)| among[n] = ef);
     }
-    std::array::from_fn(|n| Calibrated { ef: efs[n], recall: reached[n], among: among[n] })
+    std::array::from_fn(|n| {
+        let (ef, reach) = (efs[n], reaches[n]);
+        let widest = if reach < f32::INFINITY { WIDEST } else { 1 };
+        let recall = all.recall(&[reach], &|reach| (ef as usize * widest, Plan::All(reach)))[0];
+        Calibrated { ef, reach, recall, among: among[n] }
+    })
 }
 
 /// Rows that are asked for, and how far the last of the nearest is.
@@ -347,16 +358,16 @@ impl<'a> Questions<'a> {
         Questions { walker, threads, asked: asked.into_inner().unwrap_or_else(PoisonError::into_inner) }
     }
 
-    /// Share of the true neighbours that walks by the plan find with each ef, all of which rise.
-    fn recall<'p>(&self, efs: &[u32], plan: &(impl Fn(usize) -> Plan<'p> + Sync)) -> Vec<f32> {
+    /// Share of the true neighbours that the plans of `tries` with their ef find; each finds no less than the one before.
+    fn recall<'p>(&self, tries: &[f32], plan: &(impl Fn(f32) -> (usize, Plan<'p>) + Sync)) -> Vec<f32> {
         let next = AtomicUsize::new(0);
-        let found: Vec<AtomicUsize> = efs.iter().map(|_| AtomicUsize::new(0)).collect();
+        let found: Vec<AtomicUsize> = tries.iter().map(|_| AtomicUsize::new(0)).collect();
         on_threads(self.threads, || {
             let mut scratch = Scratch::default();
             while let Some((query, limit)) = self.asked.get(next.fetch_add(1, Ordering::Relaxed)) {
                 let exact = Prepared::new(self.walker.space, query);
-                for (n, ef) in efs.iter().enumerate() {
-                    let (ef, plan, mut budget) = (*ef as usize, plan(*ef as usize), Budget::unlimited());
+                for (n, tried) in tries.iter().enumerate() {
+                    let ((ef, plan), mut budget) = (plan(*tried), Budget::unlimited());
                     let is_filtered = matches!(plan, Plan::Allowed(_));
                     let walked = self.walker.nearest(&exact, (CALIBRATED_K, ef), plan, &mut scratch, &mut budget);
                     let hits = if walked.is_ok() { scratch.best.iter() } else { break };
@@ -378,20 +389,20 @@ impl<'a> Questions<'a> {
         found.iter().map(|found| found.load(Ordering::Relaxed) as f32 / all).collect()
     }
 
-    /// For each target the ef that reaches it, if one of those tried does.
-    fn efs<'p>(
+    /// For each target which try reaches it, if one does.
+    fn needed<'p>(
         &self,
         targets: &[f32; TARGETS.len()],
-        efs: &[u32],
-        plan: &(impl Fn(usize) -> Plan<'p> + Sync),
-    ) -> [Option<u32>; TARGETS.len()] {
-        let tried = self.recall(efs, plan);
-        targets.map(|target| match tried.iter().position(|recall| *recall >= target)? {
-            0 => Some(efs[0]),
+        tries: &[f32],
+        plan: &(impl Fn(f32) -> (usize, Plan<'p>) + Sync),
+    ) -> [Option<f32>; TARGETS.len()] {
+        let recalls = self.recall(tries, plan);
+        targets.map(|target| match recalls.iter().position(|recall| *recall >= target)? {
+            0 => Some(tries[0]),
             // Between two that were tried recall rises about evenly.
             at => {
-                let share = (target - tried[at - 1]) / (tried[at] - tried[at - 1]).max(f32::MIN_POSITIVE);
-                Some(efs[at - 1] + ((efs[at] - efs[at - 1]) as f32 * share).ceil() as u32)
+                let share = (target - recalls[at - 1]) / (recalls[at] - recalls[at - 1]).max(f32::MIN_POSITIVE);
+                Some(tries[at - 1] + (tries[at] - tries[at - 1]) * share)
             }
         })
     }
@@ -474,6 +485,7 @@ fn head(m: usize, nodes: usize, counts: &[usize], coder: Option<&Coder>, calibra
     for (n, known) in calibration.iter().enumerate() {
         put(header::EF + n * 4, known.ef);
         put(header::RECALL + n * 4, known.recall.to_bits());
+        put(header::REACH + n * 4, known.reach.to_bits());
         for (share, among) in known.among.iter().enumerate() {
             put(header::AMONG + (share * TARGETS.len() + n) * 4, *among);
         }

@@ -45,6 +45,8 @@ pub struct CodedQuery {
     total: i32,
     /// Signs: what a unit of the query's bytes counts for in a key.
     step: f32,
+    /// The key of what is at no distance, as a number; NaN where nothing is nearest.
+    zero: f64,
     /// Bytes: how far a key may be off by rounding, three and a half standard deviations, for one of 1.
     error: f32,
 }
@@ -219,6 +221,7 @@ impl Coder {
     /// Makes `out` a query against codes. True if its keys are the exact distances.
     pub fn query(&self, query: &[f32], values: &mut Vec<f32>, out: &mut CodedQuery) -> bool {
         out.bytes.clear();
+        out.zero = if self.space.metric() == Metric::InnerProduct { f64::NAN } else { 0.0 };
         if self.space.element() == Element::Bits {
             out.sum = Some(Kind::Bits);
             out.bytes.resize(self.stride(), 0);
@@ -245,7 +248,13 @@ impl Coder {
         if !squares && self.width == Width::Byte {
             // Products with what is not centred: the centre's own product is the same for all rows.
             out.sum = Some(Kind::Bytes(Sum::Products));
-            out.signed(values);
+            let unit = out.signed(values);
+            if self.space.metric() == Metric::Cosine {
+                // Of the row that points where the query does.
+                let centre = dot(values, &self.centre);
+                let product = (dot(values, values).sqrt() - centre) / f64::from(self.scale * unit);
+                out.zero = f64::from(i32::MAX) - product;
+            }
             return false;
         }
         if self.space.metric() == Metric::Cosine {
@@ -281,6 +290,7 @@ impl Coder {
             Width::Sign => {
                 out.sum = Some(Kind::Signs(sum));
                 let unit = out.signed(values);
+                out.zero -= dot(values, values);
                 out.step = if sum == Sum::Squares { 2.0 * unit } else { unit };
             }
         }
@@ -380,6 +390,23 @@ impl CodedQuery {
         };
         Some(key.saturating_add((off * errors).ceil() as u32))
     }
+
+    /// The largest key of what is at most `reach` times as far as the row of this key, by squared distance; of all where
+    /// distances have no zero.
+    pub fn within(&self, reach: f32, key: u32) -> u32 {
+        let is_float = matches!(self.sum, Some(Kind::Signs(_)));
+        let key = if is_float { f64::from(unordered(key)) } else { f64::from(key) };
+        let limit = self.zero + (key - self.zero).max(0.0) * f64::from(reach);
+        match limit.is_nan() {
+            true => u32::MAX,
+            false if is_float => ordered(limit as f32),
+            false => limit.ceil() as u32,
+        }
+    }
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
 }
 
 /// A float's bits, so that they are ordered as the floats are.

@@ -8,7 +8,6 @@ use std::collections::{BTreeMap, VecDeque};
 
 use crate::kernels::{Prepared, between};
 use crate::request::Budget;
-use crate::sealed::Plan;
 use crate::{Index, Mutable, Neighbor, Request, Scratch, Sealed, SearchError, Slot};
 
 #[cfg(test)]
@@ -125,7 +124,8 @@ impl Sealed {
         };
         let exact = Prepared::new(self.space(), query);
         let mut budget = Budget::new(request);
-        self.walker(graph).nearest(&exact, (request.k, ef), Plan::All, scratch, &mut budget)?;
+        let (ef, plan) = self.unfiltered(request, ef);
+        self.walker(graph).nearest(&exact, (request.k, ef), plan, scratch, &mut budget)?;
         Ok(scratch.pool.marks.met().iter().map(|node| Slot(*node)).collect())
     }
 }

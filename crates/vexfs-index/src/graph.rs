@@ -12,6 +12,7 @@ use crate::codes::{CodedQuery, Coder};
 use crate::kernels::prefetch_word;
 use crate::raw::{Place, Words};
 use crate::request::{Budget, Marks, SearchError};
+use crate::sealed::CALIBRATED_K;
 
 /// See the module.
 pub(crate) struct Graph {
@@ -32,6 +33,28 @@ pub(crate) trait Keys {
     fn ask(&self, node: u32);
     /// The largest key of what may in truth be nearer than a node of this key; `None` if keys don't tell.
     fn not_beyond(&self, key: u32) -> Option<u32>;
+    /// The largest key of what is at most `reach` times as far as a node of this key, by squared distance; of all where
+    /// distances have no zero.
+    fn within(&self, reach: f32, key: u32) -> u32;
+}
+
+/// How far a walk in a layer goes.
+#[derive(Copy, Clone)]
+pub(crate) struct Beam {
+    pub layer: usize,
+    /// Hits wanted.
+    pub k: usize,
+    /// Candidates that it goes on from at most, if `k` is not more.
+    pub ef: usize,
+    /// How many times as far as the k-th they may be at most, by squared distance.
+    pub reach: f32,
+}
+
+impl Beam {
+    /// However far candidates are.
+    pub fn of(layer: usize, k: usize, ef: usize) -> Beam {
+        Beam { layer, k, ef, reach: f32::INFINITY }
+    }
 }
 
 /// Against coded rows.
@@ -52,6 +75,9 @@ impl Keys for Coded<'_> {
     }
     fn not_beyond(&self, key: u32) -> Option<u32> {
         self.query.not_beyond(key, FAR_OFF)
+    }
+    fn within(&self, reach: f32, key: u32) -> u32 {
+        self.query.within(reach, key)
     }
 }
 
@@ -205,13 +231,14 @@ impl Graph {
         Ok(at)
     }
 
-    /// The `ef` nearest nodes of a layer that a walk from `start` finds, or the `k` nearest if these are more, are the
-    /// pool's entries afterwards. It goes on from no more than the `ef` nearest.
+    /// The nearest nodes of a layer that a walk from `start` finds are the pool's entries afterwards: those that the beam
+    /// takes in, or the `k` nearest if these are more. It goes on from those alone (with a reach, Al-Jazzazi et al.'s
+    /// distance-adaptive beam search, arXiv 2505.15636).
     pub fn walk<'p>(
         &self,
         query: &impl Keys,
         start: (u32, u32),
-        (k, ef, layer): (usize, usize, usize),
+        Beam { layer, k, ef, reach }: Beam,
         pool: &'p mut Pool,
         budget: &mut Budget<'_>,
     ) -> Result<&'p [u64], SearchError> {
@@ -221,7 +248,7 @@ impl Graph {
         marks.meet(start.1);
         entries.clear();
         entries.push(entry(start.0, start.1));
-        let mut at = 0;
+        let (mut at, mut limit) = (0, u32::MAX);
         let goes_on = |at: usize, met: usize| at < met && (at < ef || met < k);
         while goes_on(at, entries.len()) {
             batch.clear();
@@ -250,7 +277,16 @@ impl Graph {
             budget.spend(batch.len() as u64)?;
             keys.resize(batch.len().max(keys.len()), 0);
             query.keys(batch, keys);
-            at = offer_all(entries, ef.max(k), keys, batch, next, (lists, room));
+            let near = keys.iter().copied().zip(batch.iter().copied()).filter(|(key, _)| *key <= limit);
+            at = offer_all(entries, ef.max(k), near, next, (lists, room));
+            if reach < f32::INFINITY
+                && let Some(kth) = entries.get(k.max(CALIBRATED_K) - 1)
+            {
+                limit = query.within(reach, entry_key(*kth));
+                while entries.last().is_some_and(|last| entry_key(*last) > limit) {
+                    entries.pop();
+                }
+            }
         }
         Ok(entries)
     }
@@ -277,7 +313,8 @@ impl Graph {
             budget.spend(batch.len() as u64)?;
             keys.resize(batch.len().max(keys.len()), 0);
             query.keys(batch, keys);
-            next = offer_all(entries, ef, keys, batch, next, (lists, room));
+            let near = keys.iter().copied().zip(batch.iter().copied());
+            next = offer_all(entries, ef, near, next, (lists, room));
             batch.clear();
             let mut expanded = 0;
             while expanded < EXPANDED_TOGETHER {
@@ -472,15 +509,14 @@ fn offer(entries: &mut Vec<u64>, ef: usize, key: u32, node: u32) -> Option<usize
 fn offer_all(
     entries: &mut Vec<u64>,
     ef: usize,
-    keys: &[u32],
-    nodes: &[u32],
+    near: impl Iterator<Item = (u32, u32)>,
     mut next: usize,
     (lists, room): (&[AtomicU32], usize),
 ) -> usize {
-    for (key, node) in keys.iter().zip(nodes) {
-        let Some(place) = offer(entries, ef, *key, *node) else { continue };
+    for (key, node) in near {
+        let Some(place) = offer(entries, ef, key, node) else { continue };
         if place <= next {
-            ask(list_of(lists, room, *node));
+            ask(list_of(lists, room, node));
         }
         next = next.min(place);
     }
@@ -526,7 +562,7 @@ impl Linker<'_> {
         let coded = Coded { query: &query, codes: self.codes, stride: self.coder.stride() };
         if let Ok(mut start) = self.graph.descend(&coded, level, &mut bench.pool, &mut budget) {
             for layer in (0..=level.min(self.graph.counts.len() - 1)).rev() {
-                let walked = self.graph.walk(&coded, start, (0, self.ef, layer), &mut bench.pool, &mut budget);
+                let walked = self.graph.walk(&coded, start, Beam::of(layer, 0, self.ef), &mut bench.pool, &mut budget);
                 let Ok(entries) = walked else { break };
                 bench.sorted.clear();
                 let found = entries.iter().map(|entry| (entry_key(*entry), entry_node(*entry)));

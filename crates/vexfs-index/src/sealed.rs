@@ -7,17 +7,19 @@
 use std::sync::OnceLock;
 
 use crate::codes::{Coder, Width, ordered, unordered};
-use crate::graph::{Coded, Graph, Keys, MOST_NODES, Nodes, Pool, entry_key, entry_node};
+use crate::graph::{Beam, Coded, Graph, Keys, MOST_NODES, Nodes, Pool, entry_key, entry_node};
 use crate::hnsw::MAX_LAYER;
 use crate::kernels::{Prepared, prefetch};
 use crate::raw::{Huge, Words};
 use crate::request::{Budget, Candidate, deliver, has_bit, keep, scan};
 use crate::{
-    Effort, Element, Filter, Index, Memory, Neighbor, Region, Request, Scratch, SearchError, Slot, Space, Stats,
+    Effort, Element, Filter, Index, Memory, Metric, Neighbor, Region, Request, Scratch, SearchError, Slot, Space, Stats,
 };
 
 /// First bytes of the graph section.
-pub(crate) const MAGIC: u32 = 0x4752_4834;
+pub(crate) const MAGIC: u32 = 0x4752_4835;
+/// Those of one whose header ends before [`header::REACH`]; still read.
+pub(crate) const MAGIC_4: u32 = 0x4752_4834;
 /// Those of one whose header ends before [`header::AMONG`]; still read.
 pub(crate) const MAGIC_3: u32 = 0x4752_4833;
 /// Offsets in the graph section's header, all u32 little-endian.
@@ -40,8 +42,10 @@ pub(crate) mod header {
     pub const COUNTS: usize = RECALL + super::TARGETS.len() * 4;
     /// As [`EF`], for walks among what a filter allows: a tenth of all, then three hundredths.
     pub const AMONG: usize = COUNTS + (super::MAX_LAYER + 1) * 4;
+    /// [`super::TARGETS`] values of reach, f32.
+    pub const REACH: usize = AMONG + super::SHARES.len() * super::TARGETS.len() * 4;
     /// Bytes of the header.
-    pub const SIZE: usize = AMONG + super::SHARES.len() * super::TARGETS.len() * 4;
+    pub const SIZE: usize = REACH + super::TARGETS.len() * 4;
 }
 /// Recalls that a graph is calibrated for.
 pub(crate) const TARGETS: [f32; 8] = [0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999];
@@ -51,7 +55,10 @@ pub(crate) const TARGETS: [f32; 8] = [0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0
 pub(crate) struct Calibrated {
     /// Candidates.
     pub ef: u32,
-    /// The recall that these came to.
+    /// How many times as far as the k-th candidates need be gone on from at most (see [`Beam`]); infinite where no such
+    /// bound reaches the recall.
+    pub reach: f32,
+    /// The recall that this came to, or the candidates if it is infinite.
     pub recall: f32,
     /// Candidates of a walk among what a filter allows, for each of [`SHARES`].
     pub among: [u32; SHARES.len()],
@@ -104,9 +111,13 @@ impl Sealed {
     /// Opens sections that [`crate::build`] made. Any bytes give an index or an error.
     pub fn open(space: Space, vectors: Region, codes: Region, graph: Region) -> Result<Sealed, FormatError> {
         let bytes = graph.bytes();
-        let measured_among = u32_at(bytes, header::MAGIC) == MAGIC;
-        let size = if measured_among { header::SIZE } else { header::AMONG };
-        if bytes.len() < size || ![MAGIC, MAGIC_3].contains(&u32_at(bytes, header::MAGIC)) {
+        let size = match u32_at(bytes, header::MAGIC) {
+            MAGIC => header::SIZE,
+            MAGIC_4 => header::REACH,
+            MAGIC_3 => header::AMONG,
+            _ => return Err(FormatError("no graph header")),
+        };
+        if bytes.len() < size {
             return Err(FormatError("no graph header"));
         }
         let nodes = u32_at(bytes, header::NODES) as usize;
@@ -162,7 +173,11 @@ impl Sealed {
             let ef_at = |at: usize| u32_at(bytes, at + n * 4).clamp(1, 1 << 20);
             known.ef = ef_at(header::EF);
             known.recall = f32::from_bits(u32_at(bytes, header::RECALL + n * 4));
-            known.among = match measured_among {
+            known.reach = match f32::from_bits(u32_at(bytes, header::REACH + n * 4)) {
+                reach if size > header::REACH && reach >= 1.0 => reach,
+                _ => f32::INFINITY,
+            };
+            known.among = match size > header::AMONG {
                 true => std::array::from_fn(|share| ef_at(header::AMONG + share * TARGETS.len() * 4)),
                 false => among_unmeasured(known.ef),
             };
@@ -231,6 +246,21 @@ impl Sealed {
         Some(ef.max(1))
     }
 
+    /// The walk of an unfiltered search that a filtered one, or one of a range, needs so many candidates for: where their
+    /// distances bound it, it may have some more.
+    pub(crate) fn unfiltered<'a>(&self, request: &Request<'_>, ef: usize) -> (usize, Plan<'a>) {
+        let known = match request.effort {
+            Effort::Recall(recall) if request.max_distance.is_none() => {
+                self.calibration.iter().zip(TARGETS).find(|(_, target)| *target >= recall)
+            }
+            _ => None,
+        };
+        match known.map_or(f32::INFINITY, |(known, _)| known.reach) {
+            f32::INFINITY => (ef, Plan::All(f32::INFINITY)),
+            reach => (ef * WIDEST, Plan::All(reach)),
+        }
+    }
+
     /// For each of [`SHARES`] as many candidates of a walk among the allowed as find what `ef` find without a filter.
     fn among(&self, ef: usize) -> [f32; SHARES.len()] {
         let known = self.calibration.iter().find(|known| known.ef as usize >= ef);
@@ -281,8 +311,8 @@ pub(crate) struct Walker<'a> {
 
 /// Which nodes are compared.
 pub(crate) enum Plan<'a> {
-    /// Those that a walk meets.
-    All,
+    /// Those that a walk with this reach meets.
+    All(f32),
     /// Those that a walk among the allowed meets.
     Allowed(Allowed<'a>),
     /// These.
@@ -338,8 +368,16 @@ impl Keys for Rows<'_> {
     fn not_beyond(&self, key: u32) -> Option<u32> {
         Some(key)
     }
+    fn within(&self, reach: f32, key: u32) -> u32 {
+        match self.walker.space.metric() {
+            Metric::InnerProduct => u32::MAX,
+            _ => ordered(unordered(key).max(0.0) * reach),
+        }
+    }
 }
 
+/// How many times as many candidates as are needed on average a hard query gets.
+pub(crate) const WIDEST: usize = 4;
 /// Rows asked for ahead of their use.
 const ASKED: usize = 3;
 /// Candidates of the walk that looks what part of what is around a query is allowed.
@@ -430,9 +468,9 @@ impl Walker<'_> {
     ) -> Result<(), SearchError> {
         let Scratch { pool, .. } = scratch;
         match plan {
-            Plan::All => {
+            Plan::All(reach) => {
                 let start = self.graph.descend(query, 0, pool, budget)?;
-                self.graph.walk(query, start, (k, ef, 0), pool, budget)?;
+                self.graph.walk(query, start, Beam { reach, ..Beam::of(0, k, ef) }, pool, budget)?;
             }
             // A walk asks thousands of times: one for each kind of filter.
             Plan::Allowed(plan) => match plan.nodes {
@@ -459,7 +497,7 @@ impl Walker<'_> {
         budget: &mut Budget<'_>,
     ) -> Result<(), SearchError> {
         let start = self.graph.descend(query, 0, pool, budget)?;
-        self.graph.walk(query, start, (0, AROUND, 0), pool, budget)?;
+        self.graph.walk(query, start, Beam::of(0, 0, AROUND), pool, budget)?;
         let (met, within) = pool.look_around(allowed);
         let (expected, around) = (plan.share * met as f32, within as f32 / met.max(1) as f32);
         let dense = plan.share.max(around);
@@ -469,7 +507,7 @@ impl Walker<'_> {
         } else if around >= MANY {
             // Twice as many as hold k allowed ones on average, so that hardly ever fewer are among them.
             let of_all = |allowed: usize| (allowed as f32 / around) as usize;
-            self.graph.walk(query, start, (of_all(2 * k), of_all(ef), 0), pool, budget)?;
+            self.graph.walk(query, start, Beam::of(0, of_all(2 * k), of_all(ef)), pool, budget)?;
             pool.keep(allowed);
         } else {
             // The more so where the query lies at the edge of what is allowed.
@@ -536,7 +574,8 @@ impl Sealed {
         budget: &mut Budget<'_>,
     ) -> Result<(), SearchError> {
         let Some(filter) = request.filter else {
-            return walker.nearest(exact, (k, ef), Plan::All, scratch, budget);
+            let (ef, plan) = self.unfiltered(request, ef);
+            return walker.nearest(exact, (k, ef), plan, scratch, budget);
         };
         // Some of what a walk meets isn't allowed.
         let ef = ef.max(k);
