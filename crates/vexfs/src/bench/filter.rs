@@ -83,8 +83,8 @@ pub fn filter(args: &FilterArgs) -> Result<(), String> {
     }
     println!("{n} x {} {} {}, recall asked {}", space.dim(), space.element(), space.metric(), args.recall);
     println!(
-        "{:<14} {:>7} {:>7} {:>9} {:>10} {:>9} {:>9} {:>9}",
-        "filter", "share", "recall", "us", "plain us", "ratio", "exact us", "ratio"
+        "{:<14} {:>7} {:>7} {:>9} {:>10} {:>9} {:>9} {:>9} {:>10} {:>10}",
+        "filter", "share", "recall", "us", "plain us", "ratio", "exact us", "ratio", "distances", "plain"
     );
     for kind in &args.filter {
         for share in args.share.iter().copied() {
@@ -134,26 +134,27 @@ pub fn filter(args: &FilterArgs) -> Result<(), String> {
             }
             let request = Request { effort: Effort::Recall(args.recall), ..Request::nearest(args.k) };
             let mut run = |kind: Run| {
-                let (mut times, mut found) = (Vec::new(), Vec::new());
+                let (mut times, mut found, mut distances) = (Vec::new(), Vec::new(), 0);
                 for (query, allowed) in queries.iter().zip(&filters) {
                     let filter = (kind != Run::Plain).then_some(allowed as &dyn Filter);
                     let request = Request { filter, exact: kind == Run::Exact, ..request.clone() };
                     let began = Instant::now();
-                    index.search(query, &request, &mut scratch, &mut out).map_err(|error| error.to_string())?;
+                    let stats = index.search(query, &request, &mut scratch, &mut out);
+                    distances += stats.map_err(|error| error.to_string())?.distances;
                     times.push(began.elapsed().as_secs_f64() * 1e6);
                     found.push(out.clone());
                 }
-                Ok::<_, String>((median(times), found))
+                Ok::<_, String>((median(times), found, distances / queries.len().max(1) as u64))
             };
-            let (exact, truth) = run(Run::Exact)?;
+            let (exact, truth, _) = run(Run::Exact)?;
             // Once to fill the caches, then in turns.
-            run(Run::Plain)?;
-            let (mut plains, mut filtereds, mut found) = (Vec::new(), Vec::new(), Vec::new());
+            let (_, _, plain_distances) = run(Run::Plain)?;
+            let (mut plains, mut filtereds, mut found, mut distances) = (Vec::new(), Vec::new(), Vec::new(), 0);
             for _ in 0..3 {
                 plains.push(run(Run::Plain)?.0);
-                let (time, hits) = run(Run::Filtered)?;
+                let time;
+                (time, found, distances) = run(Run::Filtered)?;
                 filtereds.push(time);
-                found = hits;
             }
             let (mut right, mut all, mut short) = (0, 0, 0);
             for (truth, found) in truth.iter().zip(&found) {
@@ -164,7 +165,7 @@ pub fn filter(args: &FilterArgs) -> Result<(), String> {
             }
             let (filtered, plain) = (median(filtereds), median(plains));
             println!(
-                "{kind:<14} {share:>7} {:>7.4} {filtered:>9.1} {plain:>10.1} {:>9.2} {exact:>9.1} {:>9.2}{}",
+                "{kind:<14} {share:>7} {:>7.4} {filtered:>9.1} {plain:>10.1} {:>9.2} {exact:>9.1} {:>9.2} {distances:>10} {plain_distances:>10}{}",
                 right as f64 / all.max(1) as f64,
                 filtered / plain,
                 filtered / exact,
