@@ -28,6 +28,8 @@ const WALKED_FROM: f32 = 2_000.0;
 const MOST_FILTERED: f32 = 512.0;
 /// The part of what a recall misses that filtered walks are to find besides: filters differ.
 const MARGIN: f32 = 0.15;
+/// The recall that a walk bounded by distance may lose for looking at less.
+const MAY_MISS: f32 = 0.005;
 /// Rows of those kept out that filtered walks are calibrated with.
 const FILTERED: usize = 250;
 /// Times that nodes which were cut off are looked for.
@@ -292,7 +294,6 @@ fn calibrate(
     let efs = all.needed(&TARGETS, &EFS, &|ef| (ef as usize, Plan::All(f32::INFINITY)));
     let efs = efs.map(|ef| ef.map_or(most as u32, |ef| ef.ceil() as u32));
     let reaches = all.needed(&TARGETS, &REACHES, &|more| (most, Plan::All(1.0 + more)));
-    let reaches = reaches.map(|more| more.map_or(f32::INFINITY, |more| 1.0 + more));
     let mut among = efs.map(among_unmeasured);
     for (n, share) in SHARES.iter().enumerate() {
         if (walker.graph.nodes as f32) < WALKED_FROM / share {
@@ -312,11 +313,26 @@ fn calibrate(
         among.iter_mut().zip(measured).for_each(|(among, ef)| among[n] = ef);
     }
     std::array::from_fn(|n| {
-        let (ef, reach) = (efs[n], reaches[n]);
-        let widest = if reach < f32::INFINITY { WIDEST } else { 1 };
-        let recall = all.recall(&[reach], &|reach| (ef as usize * widest, Plan::All(reach)))[0];
-        Calibrated { ef, reach, recall, among: among[n] }
+        let ef = efs[n];
+        let far = all.recall(&[f32::INFINITY], &|any| (ef as usize, Plan::All(any)))[0];
+        let near = reaches[n].map(|more| {
+            let reach = 1.0 + more;
+            (reach, all.recall(&[reach], &|reach| (ef as usize * WIDEST, Plan::All(reach)))[0])
+        });
+        // Coarse codes put the nearest too near for their distance to tell much.
+        let near = near.filter(|(_, near)| near.distances < far.distances && near.recall >= far.recall - MAY_MISS);
+        let (reach, chosen) = near.unwrap_or((f32::INFINITY, far));
+        Calibrated { ef, reach, recall: chosen.recall, among: among[n] }
     })
+}
+
+/// What walks found.
+#[derive(Copy, Clone)]
+struct Found {
+    /// Of the true neighbours.
+    recall: f32,
+    /// Distances that were computed, those aside where all had been found with less.
+    distances: usize,
 }
 
 /// Rows that are asked for, and how far the last of the nearest is.
@@ -358,10 +374,10 @@ impl<'a> Questions<'a> {
         Questions { walker, threads, asked: asked.into_inner().unwrap_or_else(PoisonError::into_inner) }
     }
 
-    /// Share of the true neighbours that the plans of `tries` with their ef find; each finds no less than the one before.
-    fn recall<'p>(&self, tries: &[f32], plan: &(impl Fn(f32) -> (usize, Plan<'p>) + Sync)) -> Vec<f32> {
+    /// What the plans of `tries` with their ef find; each finds no less than the one before.
+    fn recall<'p>(&self, tries: &[f32], plan: &(impl Fn(f32) -> (usize, Plan<'p>) + Sync)) -> Vec<Found> {
         let next = AtomicUsize::new(0);
-        let found: Vec<AtomicUsize> = tries.iter().map(|_| AtomicUsize::new(0)).collect();
+        let all: Vec<[AtomicUsize; 2]> = tries.iter().map(|_| Default::default()).collect();
         on_threads(self.threads, || {
             let mut scratch = Scratch::default();
             while let Some((query, limit)) = self.asked.get(next.fetch_add(1, Ordering::Relaxed)) {
@@ -376,17 +392,23 @@ impl<'a> Questions<'a> {
                         ..CALIBRATED_K if is_filtered => CALIBRATED_K,
                         _ => hits.filter(|hit| hit.distance <= *limit).count().min(CALIBRATED_K),
                     };
-                    found[n].fetch_add(right, Ordering::Relaxed);
+                    let [found, distances] = &all[n];
+                    found.fetch_add(right, Ordering::Relaxed);
+                    distances.fetch_add(budget.stats.distances as usize, Ordering::Relaxed);
                     if right == CALIBRATED_K {
                         // What more candidates find is no less.
-                        found[n + 1..].iter().for_each(|more| _ = more.fetch_add(right, Ordering::Relaxed));
+                        all[n + 1..].iter().for_each(|[more, _]| _ = more.fetch_add(right, Ordering::Relaxed));
                         break;
                     }
                 }
             }
         });
-        let all = (self.asked.len() * CALIBRATED_K).max(1) as f32;
-        found.iter().map(|found| found.load(Ordering::Relaxed) as f32 / all).collect()
+        let most = (self.asked.len() * CALIBRATED_K).max(1) as f32;
+        let found = |[found, distances]: [AtomicUsize; 2]| Found {
+            recall: found.into_inner() as f32 / most,
+            distances: distances.into_inner(),
+        };
+        all.into_iter().map(found).collect()
     }
 
     /// For each target which try reaches it, if one does.
@@ -396,7 +418,7 @@ impl<'a> Questions<'a> {
         tries: &[f32],
         plan: &(impl Fn(f32) -> (usize, Plan<'p>) + Sync),
     ) -> [Option<f32>; TARGETS.len()] {
-        let recalls = self.recall(tries, plan);
+        let recalls: Vec<f32> = self.recall(tries, plan).into_iter().map(|found| found.recall).collect();
         targets.map(|target| match recalls.iter().position(|recall| *recall >= target)? {
             0 => Some(tries[0]),
             // Between two that were tried recall rises about evenly.

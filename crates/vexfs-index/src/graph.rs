@@ -46,7 +46,7 @@ pub(crate) struct Beam {
     pub k: usize,
     /// Candidates that it goes on from at most, if `k` is not more.
     pub ef: usize,
-    /// How many times as far as the k-th they may be at most, by squared distance.
+    /// How many times as far as the [`CALIBRATED_K`]-th they may be at most, by squared distance.
     pub reach: f32,
 }
 
@@ -280,7 +280,7 @@ impl Graph {
             let near = keys.iter().copied().zip(batch.iter().copied()).filter(|(key, _)| *key <= limit);
             at = offer_all(entries, ef.max(k), near, next, (lists, room));
             if reach < f32::INFINITY
-                && let Some(kth) = entries.get(k.max(CALIBRATED_K) - 1)
+                && let Some(kth) = entries.get(CALIBRATED_K - 1)
             {
                 limit = query.within(reach, entry_key(*kth));
                 while entries.last().is_some_and(|last| entry_key(*last) > limit) {

@@ -250,7 +250,8 @@ impl Sealed {
     /// distances bound it, it may have some more.
     pub(crate) fn unfiltered<'a>(&self, request: &Request<'_>, ef: usize) -> (usize, Plan<'a>) {
         let known = match request.effort {
-            Effort::Recall(recall) if request.max_distance.is_none() => {
+            // The distance of a farther one tells more than recall asks for.
+            Effort::Recall(recall) if request.max_distance.is_none() && request.k <= CALIBRATED_K => {
                 self.calibration.iter().zip(TARGETS).find(|(_, target)| *target >= recall)
             }
             _ => None,
