@@ -70,7 +70,7 @@ def main():
     for n in sizes:
         command = args.vexfs.split() + [
             "--base", args.base, "--queries", args.queries, "--metric", args.metric, "--rows", str(n), "--threads", "2",
-            "--ef", ",".join(map(str, peers.EFS)), "--repeat", str(args.repeat), "--json"]
+            "--recall", ",".join(map(str, peers.TARGETS)), "--repeat", str(args.repeat), "--json"]
         report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         curve = [(run["recall"], run["qps_one_thread"]) for run in report["results"]]
         for r in RECALLS:

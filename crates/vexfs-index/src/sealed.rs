@@ -55,10 +55,9 @@ pub(crate) const TARGETS: [f32; 8] = [0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0
 pub(crate) struct Calibrated {
     /// Candidates.
     pub ef: u32,
-    /// How many times as far as the k-th candidates need be gone on from at most (see [`Beam`]); infinite where no such
-    /// bound reaches the recall.
+    /// How far a walk that is bounded by distance goes on (see [`Beam`]); infinite where `ef` bounds it.
     pub reach: f32,
-    /// The recall that this came to, or the candidates if it is infinite.
+    /// The recall that this came to.
     pub recall: f32,
     /// Candidates of a walk among what a filter allows, for each of [`SHARES`].
     pub among: [u32; SHARES.len()],
@@ -246,8 +245,8 @@ impl Sealed {
         Some(ef.max(1))
     }
 
-    /// The walk of an unfiltered search that a filtered one, or one of a range, needs so many candidates for: where their
-    /// distances bound it, it may have some more.
+    /// How an unfiltered search walks that would need `ef` candidates: bounded by their distances it may have some more
+    /// (decision 18).
     pub(crate) fn unfiltered<'a>(&self, request: &Request<'_>, ef: usize) -> (usize, Plan<'a>) {
         let known = match request.effort {
             // The distance of a farther one tells more than recall asks for.
