@@ -12,7 +12,7 @@ import time
 import numpy as np
 
 EFS = [10, 14, 20, 28, 40, 56, 80, 112, 160, 224, 320, 448]
-# What vexfs is calibrated for: it has no curve of ef alone.
+# vexfs is asked as its users ask, by the recalls that it is calibrated for.
 TARGETS = [0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999]
 RECALLS = [0.90, 0.95, 0.99]
 

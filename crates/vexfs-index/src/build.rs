@@ -314,14 +314,12 @@ fn calibrate(
     }
     std::array::from_fn(|n| {
         let ef = efs[n];
-        let far = all.recall(&[f32::INFINITY], &|any| (ef as usize, Plan::All(any)))[0];
-        let near = reaches[n].map(|more| {
-            let reach = 1.0 + more;
-            (reach, all.recall(&[reach], &|reach| (ef as usize * WIDEST, Plan::All(reach)))[0])
-        });
+        let walked = |ef: usize, reach: f32| (reach, all.recall(&[reach], &|reach| (ef, Plan::All(reach)))[0]);
+        let (unbounded, far) = walked(ef as usize, f32::INFINITY);
+        let near = reaches[n].map(|more| walked(ef as usize * WIDEST, 1.0 + more));
         // Coarse codes put the nearest too near for their distance to tell much.
         let near = near.filter(|(_, near)| near.distances < far.distances && near.recall >= far.recall - MAY_MISS);
-        let (reach, chosen) = near.unwrap_or((f32::INFINITY, far));
+        let (reach, chosen) = near.unwrap_or((unbounded, far));
         Calibrated { ef, reach, recall: chosen.recall, among: among[n] }
     })
 }

@@ -225,8 +225,13 @@ impl Sealed {
     /// out; `None` where every search is exact.
     pub fn measured_recall(&self, target: f32) -> Option<f32> {
         self.graph.as_ref()?;
+        Some(self.calibrated(target)?.recall)
+    }
+
+    /// What walks need for a recall of `target`; `None` where only an exact scan will do.
+    fn calibrated(&self, target: f32) -> Option<&Calibrated> {
         let known = TARGETS.iter().position(|known| *known >= target)?;
-        Some(self.calibration[known].recall)
+        Some(&self.calibration[known])
     }
 
     /// Candidates that a walk goes on from, fewer than are asked for where a recall needs no more; `None`: only an exact scan
@@ -237,9 +242,8 @@ impl Sealed {
         let ef = match request.effort {
             Effort::Ef(ef) => ef.max(k),
             Effort::Recall(recall) => {
-                let known = TARGETS.iter().position(|target| *target >= recall)?;
                 // More hits need as many more candidates.
-                self.calibration[known].ef as usize + k.saturating_sub(CALIBRATED_K)
+                self.calibrated(recall)?.ef as usize + k.saturating_sub(CALIBRATED_K)
             }
         };
         Some(ef.max(1))
@@ -249,13 +253,13 @@ impl Sealed {
     /// (decision 18).
     pub(crate) fn unfiltered<'a>(&self, request: &Request<'_>, ef: usize) -> (usize, Plan<'a>) {
         let known = match request.effort {
-            // The distance of a farther one tells more than recall asks for.
+            // For more hits the last one's distance would bound less than recall asks for.
             Effort::Recall(recall) if request.max_distance.is_none() && request.k <= CALIBRATED_K => {
-                self.calibration.iter().zip(TARGETS).find(|(_, target)| *target >= recall)
+                self.calibrated(recall)
             }
             _ => None,
         };
-        match known.map_or(f32::INFINITY, |(known, _)| known.reach) {
+        match known.map_or(f32::INFINITY, |known| known.reach) {
             f32::INFINITY => (ef, Plan::All(f32::INFINITY)),
             reach => (ef * WIDEST, Plan::All(reach)),
         }
