@@ -55,13 +55,14 @@ impl Fanotify {
     pub fn read(&self, space: &mut [u8], mut each: impl FnMut(Event<'_>)) -> Result<bool, Errno> {
         let got = rustix::io::read(&self.0, &mut *space)?;
         let mut bytes = &space[..got];
+        let us = std::process::id() as i32;
         let mut lost = false;
         while let Some(event) = number(bytes, 0).and_then(|len| bytes.get(..len as usize)).filter(|e| e.len() >= EVENT)
         {
             bytes = &bytes[event.len()..];
             let mask = u64::from_ne_bytes(part(event, 8));
             lost |= mask & libc::FAN_Q_OVERFLOW != 0;
-            let own = i32::from_ne_bytes(part(event, 20)) == std::process::id() as i32;
+            let own = i32::from_ne_bytes(part(event, 20)) == us;
             if let Some((handle, name)) = named(&event[EVENT..]) {
                 each(Event { handle, name, is_dir: mask & libc::FAN_ONDIR != 0, own });
             }

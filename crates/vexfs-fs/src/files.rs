@@ -21,7 +21,7 @@ use crate::access::Caller;
 use crate::embedding::{self, Form, Value};
 use crate::events::{Cause, Events, Known, Moved};
 use crate::nodes::{Node, Nodes, SYNTHETIC};
-use crate::reopen::path_of;
+use crate::reopen::{o_path, path_of};
 use crate::umask::with_umask;
 use crate::walk::RESERVED;
 
@@ -93,6 +93,8 @@ fn proc_path(node: &Node) -> String {
 
 /// The extended attribute that is a file's access control list.
 const ACL: &str = "system.posix_acl_access";
+/// Most extended attributes are smaller.
+const SMALL_XATTR: usize = 256;
 
 /// The bits that a write by somebody without CAP_FSETID takes away: set-group-id without group execution is none.
 fn set_id_bits(mode: u32) -> u32 {
@@ -505,7 +507,7 @@ impl Files {
         let node = match self.nodes.meet(&stat, (parent.id, name)) {
             Some(node) => node,
             None => {
-                let path = self.nodes.reopener.open(&fd, OFlags::PATH)?;
+                let path = o_path(&fd)?;
                 self.nodes.add(&stat, path, (parent.id, name))
             }
         };
@@ -657,10 +659,17 @@ impl Files {
         {
             return Ok(embedding::to_text(&vector));
         }
-        let mut value = Vec::with_capacity(embedding::XATTR_MAX);
         let path = self.xattr_path(id)?;
-        rustix::fs::getxattr(path, name.as_bytes(), rustix::buffer::spare_capacity(&mut value))?;
-        Ok(value)
+        let read = |room| {
+            let mut value = Vec::with_capacity(room);
+            rustix::fs::getxattr(&path, name.as_bytes(), rustix::buffer::spare_capacity(&mut value))?;
+            Ok(value)
+        };
+        // The kernel clears as much room as it is given, at the first write of every new file.
+        match read(SMALL_XATTR) {
+            Err(Errno::RANGE) => read(embedding::XATTR_MAX),
+            done => done,
+        }
     }
 
     /// Names of extended attributes, each ended by NUL.

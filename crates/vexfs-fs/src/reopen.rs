@@ -4,11 +4,17 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{Access, AtFlags, CWD, Mode, OFlags, accessat, chmodat, openat};
 use rustix::io::Errno;
+use rustix::mount::{OpenTreeFlags, open_tree};
 use rustix::path::DecInt;
 
 /// The entry as a path, for system calls that take no descriptor. It leads to a symlink itself, not to where that points.
 pub fn path_of(fd: BorrowedFd<'_>) -> String {
     format!("/proc/self/fd/{}", fd.as_raw_fd())
+}
+
+/// An `O_PATH` descriptor of what is open.
+pub fn o_path(open: impl AsFd) -> Result<OwnedFd, Errno> {
+    open_tree(open, c"", OpenTreeFlags::AT_EMPTY_PATH | OpenTreeFlags::OPEN_TREE_CLOEXEC)
 }
 
 /// See the module.

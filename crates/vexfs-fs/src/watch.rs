@@ -17,6 +17,9 @@ use crate::reopen::path_of;
 
 /// How long after a change its name is looked at: longer than an operation of the mount's own takes to tell the index.
 const SETTLE: Duration = Duration::from_millis(500);
+/// How long events gather before they are taken in: each waking is a core's time that the operations want which make the
+/// events. The kernel keeps 16,384 of them.
+const GATHER: Duration = Duration::from_millis(20);
 /// More changed names than that are as good as lost events: the source is walked.
 const MOST_CHANGED: usize = 1 << 20;
 
@@ -181,17 +184,17 @@ impl Watch {
         self.lost = false;
     }
 
-    /// Waits for events, for `stop`, or so long.
+    /// Waits for events and until there may be more of them, for `stop`, or so long.
     pub fn wait(&self, stop: &Stop, longest: Duration) {
-        let mut fds = vec![PollFd::new(&stop.bell, PollFlags::IN)];
-        fds.extend(match &self.teller {
+        let bell = || PollFd::new(&stop.bell, PollFlags::IN);
+        let told = match &self.teller {
             Teller::Nobody => None,
             Teller::Fanotify(fanotify) => Some(PollFd::new(fanotify, PollFlags::IN)),
             Teller::Inotify(inotify) => Some(PollFd::new(inotify, PollFlags::IN)),
-        });
-        let longest = Timespec { tv_sec: longest.as_secs() as i64, tv_nsec: i64::from(longest.subsec_nanos()) };
-        // A signal ends it early, and nothing else can go wrong.
-        poll(&mut fds, Some(&longest)).ok();
+        };
+        if wait_for(&mut Vec::from_iter([bell()].into_iter().chain(told)), longest) {
+            wait_for(&mut [bell()], GATHER);
+        }
     }
 
     /// Takes the kernel's events in.
@@ -314,6 +317,13 @@ impl Watch {
         }
         forgotten
     }
+}
+
+/// Did one of them come?
+fn wait_for(fds: &mut [PollFd<'_>], longest: Duration) -> bool {
+    let longest = Timespec { tv_sec: longest.as_secs() as i64, tv_nsec: i64::from(longest.subsec_nanos()) };
+    // A signal ends it early, and nothing else can go wrong.
+    poll(fds, Some(&longest)).is_ok_and(|ready| ready > 0)
 }
 
 /// What is known of a directory that was met.
