@@ -51,6 +51,17 @@ pub struct CodedQuery {
     error: f32,
 }
 
+/// What the keys of a coded query are.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Keyed {
+    /// The distances.
+    Exactly,
+    /// Off by rounding.
+    Nearly,
+    /// Of no use: the query lies so far outside of what codes can say that more is cut off it than rounding takes.
+    Outside,
+}
+
 #[derive(Copy, Clone, PartialEq)]
 enum Kind {
     Bytes(Sum),
@@ -187,7 +198,9 @@ impl Coder {
         numbers(&self.space, row, values);
         self.place(values);
         match self.width {
-            Width::Byte => self.quantise(values, out),
+            Width::Byte => {
+                self.quantise(values, out);
+            }
             Width::Nibble => {
                 for (at, value) in values.iter().enumerate() {
                     // The cast saturates below.
@@ -210,23 +223,32 @@ impl Coder {
         }
     }
 
-    fn quantise(&self, values: &[f32], out: &mut [u8]) {
-        let inverse = 1.0 / self.scale;
+    /// Returns the square of what was cut off.
+    fn quantise(&self, values: &[f32], out: &mut [u8]) -> f32 {
+        let (inverse, centre) = match (self.is_exact(), self.width) {
+            (true, _) => (1.0, if self.space.element() == Element::I8 { 128.0 } else { 0.0 }),
+            (false, Width::Nibble) => (1.0 / self.scale, 127.5),
+            (false, _) => (1.0 / self.scale, 128.0),
+        };
+        let mut cut = 0.0;
         for (out, value) in out.iter_mut().zip(values) {
+            let code = (value * inverse + centre + 0.5).floor();
             // The cast saturates.
-            *out = (value * inverse + 128.5).floor() as u8;
+            *out = code as u8;
+            cut += (code - f32::from(*out)).powi(2);
         }
+        cut
     }
 
-    /// Makes `out` a query against codes. True if its keys are the exact distances.
-    pub fn query(&self, query: &[f32], values: &mut Vec<f32>, out: &mut CodedQuery) -> bool {
+    /// Makes `out` a query against codes.
+    pub fn query(&self, query: &[f32], values: &mut Vec<f32>, out: &mut CodedQuery) -> Keyed {
         out.bytes.clear();
         out.zero = if self.space.metric() == Metric::InnerProduct { f64::NAN } else { 0.0 };
         if self.space.element() == Element::Bits {
             out.sum = Some(Kind::Bits);
             out.bytes.resize(self.stride(), 0);
             pack(query, &mut out.bytes);
-            return true;
+            return Keyed::Exactly;
         }
         out.bytes.resize(self.padded(), 0);
         values.clear();
@@ -234,16 +256,11 @@ impl Coder {
         let squares = self.space.metric() == Metric::L2;
         if squares && self.is_exact() {
             out.sum = Some(Kind::Bytes(Sum::Squares));
-            let zero = if self.space.element() == Element::I8 { 128.0 } else { 0.0 };
-            let mut exact = true;
-            for (out, value) in out.bytes.iter_mut().zip(values) {
-                let shifted = (*value + zero).round();
-                *out = shifted as u8;
-                exact &= f32::from(*out) == *value + zero;
-            }
+            let cut = self.quantise(values, &mut out.bytes);
+            let exact = cut == 0.0 && values.iter().all(|value| value.fract() == 0.0);
             // Only a query with fractions is rounded.
             out.error = if exact { 0.0 } else { 3.5 };
-            return exact;
+            return if exact { Keyed::Exactly } else { self.keyed(cut) };
         }
         if !squares && self.width == Width::Byte {
             // Products with what is not centred: the centre's own product is the same for all rows.
@@ -255,7 +272,7 @@ impl Coder {
                 let product = (dot(values, values).sqrt() - centre) / f64::from(self.scale * unit);
                 out.zero = f64::from(i32::MAX) - product;
             }
-            return false;
+            return Keyed::Nearly;
         }
         if self.space.metric() == Metric::Cosine {
             normalise(values);
@@ -267,23 +284,19 @@ impl Coder {
             self.place(values);
         }
         let sum = if self.space.metric() == Metric::InnerProduct { Sum::Products } else { Sum::Squares };
-        match self.width {
+        let cut = match self.width {
             Width::Byte => {
                 out.sum = Some(Kind::Bytes(Sum::Squares));
                 out.error = 3.5;
-                self.quantise(values, &mut out.bytes);
+                self.quantise(values, &mut out.bytes)
             }
             Width::Nibble => {
                 out.sum = Some(Kind::Nibbles(sum));
                 match sum {
-                    Sum::Squares => {
-                        let inverse = 1.0 / self.scale;
-                        for (out, value) in out.bytes.iter_mut().zip(values) {
-                            *out = (*value * inverse + 127.5).round() as u8;
-                        }
-                    }
+                    Sum::Squares => self.quantise(values, &mut out.bytes),
                     Sum::Products => {
                         out.signed(values);
+                        0.0
                     }
                 }
             }
@@ -292,9 +305,17 @@ impl Coder {
                 let unit = out.signed(values);
                 out.zero -= dot(values, values);
                 out.step = if sum == Sum::Squares { 2.0 * unit } else { unit };
+                0.0
             }
-        }
-        false
+        };
+        self.keyed(cut)
+    }
+
+    /// What keys are where the square of what was cut off a query is `cut`.
+    fn keyed(&self, cut: f32) -> Keyed {
+        let step = if self.width == Width::Nibble { 17.0 } else { 1.0 };
+        let rounding = step * step / 12.0 * self.space.dim() as f32;
+        if cut > rounding { Keyed::Outside } else { Keyed::Nearly }
     }
 
     /// The divisor of what is added to a distance between two neighbours before one crowds the other out: a tenth

@@ -6,7 +6,7 @@
 
 use std::sync::OnceLock;
 
-use crate::codes::{Coder, Width, ordered, unordered};
+use crate::codes::{Coder, Keyed, Width, ordered, unordered};
 use crate::graph::{Beam, Coded, Graph, Keys, MOST_NODES, Nodes, Pool, entry_key, entry_node};
 use crate::hnsw::MAX_LAYER;
 use crate::kernels::{Prepared, prefetch};
@@ -434,31 +434,34 @@ impl Walker<'_> {
         scratch: &mut Scratch,
         budget: &mut Budget<'_>,
     ) -> Result<(), SearchError> {
-        let Some(coder) = self.coder else {
-            self.candidates(&Rows { walker: self, exact }, (k, ef), plan, scratch, budget)?;
-            scratch.rank_by_keys(k, unordered);
-            return Ok(());
-        };
         let mut coded = std::mem::take(&mut scratch.query);
-        let is_exact = coder.query(exact.query(), &mut scratch.values, &mut coded);
-        let keys = Coded { query: &coded, codes: self.codes, stride: coder.stride() };
-        let scanned = matches!(plan, Plan::These(_));
-        let found = self.candidates(&keys, (k, ef), plan, scratch, budget);
-        let ranked = found.and_then(|()| {
-            if is_exact {
-                scratch.rank_by_keys(k, |key| key as f32);
-                return Ok(());
+        let coder = self.coder.map(|coder| (coder, coder.query(exact.query(), &mut scratch.values, &mut coded)));
+        let found = match coder.filter(|(_, keyed)| *keyed != Keyed::Outside) {
+            Some((coder, keyed)) => {
+                let keys = Coded { query: &coded, codes: self.codes, stride: coder.stride() };
+                let scanned = matches!(plan, Plan::These(_));
+                self.candidates(&keys, (k, ef), plan, scratch, budget).and_then(|()| {
+                    if keyed == Keyed::Exactly {
+                        scratch.rank_by_keys(k, |key| key as f32);
+                        return Ok(());
+                    }
+                    let entries = scratch.pool.entries();
+                    let kth = entries.get(k.saturating_sub(1)).filter(|_| !scanned);
+                    let near =
+                        kth.and_then(|kth| coded.not_beyond(entry_key(*kth), 1.0)).map_or(entries.len(), |limit| {
+                            // So far behind the k-th that rounding can't have put it there.
+                            entries.partition_point(|entry| entry_key(*entry) <= limit)
+                        });
+                    self.rerank(near, exact, k, scratch, budget)
+                })
             }
-            let entries = scratch.pool.entries();
-            let kth = entries.get(k.saturating_sub(1)).filter(|_| !scanned);
-            let near = kth.and_then(|kth| coded.not_beyond(entry_key(*kth), 1.0)).map_or(entries.len(), |limit| {
-                // So far behind the k-th that rounding can't have put it there.
-                entries.partition_point(|entry| entry_key(*entry) <= limit)
-            });
-            self.rerank(near, exact, k, scratch, budget)
-        });
+            None => {
+                let found = self.candidates(&Rows { walker: self, exact }, (k, ef), plan, scratch, budget);
+                found.map(|()| scratch.rank_by_keys(k, unordered))
+            }
+        };
         scratch.query = coded;
-        ranked
+        found
     }
 
     /// What the plan finds are the pool's entries afterwards.

@@ -190,6 +190,30 @@ fn a_reach_is_so_many_times_the_squared_distance_whatever_keys_are() {
     }
 }
 
+/// Codes end where the rows do; a query need not.
+#[test]
+fn queries_outside_of_what_codes_can_say_find_as_much() {
+    for (element, quantization) in
+        [(Element::U8, Quantization::Sq8), (Element::F32, Quantization::Sq8), (Element::F32, Quantization::Sq4)]
+    {
+        let space = Space::new(32, Metric::L2, element).unwrap();
+        let (rows, mut queries) = data(&space, 4_000, 8);
+        let sealed = seal(space, &rows, &Params { quantization, ..Params::default() });
+        let most = queries.iter().flatten().fold(0f32, |most, number| most.max(number.abs()));
+        for (n, number) in queries.iter_mut().flatten().enumerate() {
+            // Beyond both ends, in a third of the dimensions.
+            match n * 7 % 6 {
+                0 => *number += 1.5 * most,
+                1 => *number -= 1.5 * most,
+                _ => *number += 0.3,
+            }
+        }
+        let request = Request { effort: Effort::Ef(200), ..Request::nearest(10) };
+        let got = recall(&sealed, &rows, &queries, &request);
+        assert!(got >= 0.95, "{element} {quantization}: {got}");
+    }
+}
+
 #[test]
 fn codes_can_be_left_out_and_exact_is_exact() {
     let space = Space::new(40, Metric::L2, Element::F32).unwrap();
