@@ -32,6 +32,8 @@ const MARGIN: f32 = 0.15;
 const MAY_MISS: f32 = 0.005;
 /// Rows of those kept out that filtered walks are calibrated with.
 const FILTERED: usize = 250;
+/// Candidates of a scan of codes too coarse to tell how far off they are: among so many are the nearest.
+const COARSE: usize = 1_000;
 /// Times that nodes which were cut off are looked for.
 const CONNECT_ROUNDS: usize = 8;
 /// Values of ef that are tried, smallest first.
@@ -285,16 +287,18 @@ fn on_threads(threads: usize, work: impl Fn() + Sync) {
 fn calibrate(
     walker: &Walker<'_>,
     fine: &Walker<'_>,
-    queries: &[u32],
+    held: &[u32],
     is_held: &(impl Fn(u32) -> bool + Sync),
     threads: usize,
 ) -> Calibration {
-    let all = Questions::new(walker, fine, queries, &|node| !is_held(node), threads);
-    let most = EFS[EFS.len() - 1] as usize;
-    let efs = all.needed(&TARGETS, &EFS, &|ef| (ef as usize, Plan::All(f32::INFINITY)));
-    let efs = efs.map(|ef| ef.map_or(most as u32, |ef| ef.ceil() as u32));
-    let reaches = all.needed(&TARGETS, &REACHES, &|more| (most, Plan::All(1.0 + more)));
-    let mut among = efs.map(among_unmeasured);
+    let numbers = |node: &u32| {
+        let mut numbers = Vec::new();
+        walker.space.decode(walker.row(*node), &mut numbers);
+        numbers
+    };
+    let queries: Vec<Vec<f32>> = held.iter().map(numbers).collect();
+    let mut calibration =
+        Questions::new(walker, fine, &queries, &|node| !is_held(node), (threads, &|| true)).unfiltered();
     for (n, share) in SHARES.iter().enumerate() {
         if (walker.graph.nodes as f32) < WALKED_FROM / share {
             continue;
@@ -302,7 +306,8 @@ fn calibrate(
         // Scattered as if by chance.
         let end = (share * 65_536.0) as u32;
         let is_allowed = |node: u32| !is_held(node) && node.wrapping_mul(0x9e37_79b9) >> 16 < end;
-        let some = Questions::new(walker, fine, &queries[..queries.len().min(FILTERED)], &is_allowed, threads);
+        let queries = &queries[..queries.len().min(FILTERED)];
+        let some = Questions::new(walker, fine, queries, &is_allowed, (threads, &|| true));
         let targets = TARGETS.map(|target| target + (1.0 - target) * MARGIN);
         let tried = &EFS[..EFS.iter().filter(|ef| **ef <= MOST_FILTERED).count()];
         let measured = some.needed(&targets, tried, &|ef| {
@@ -310,18 +315,16 @@ fn calibrate(
             (ef as usize, Plan::Allowed(Allowed { nodes, share: *share, efs: [ef; SHARES.len()] }))
         });
         let measured = measured.map(|ef| ef.unwrap_or(MOST_FILTERED).ceil() as u32);
-        among.iter_mut().zip(measured).for_each(|(among, ef)| among[n] = ef);
+        calibration.iter_mut().zip(measured).for_each(|(known, ef)| known.among[n] = ef);
     }
-    std::array::from_fn(|n| {
-        let ef = efs[n];
-        let walked = |ef: usize, reach: f32| (reach, all.recall(&[reach], &|reach| (ef, Plan::All(reach)))[0]);
-        let (unbounded, far) = walked(ef as usize, f32::INFINITY);
-        let near = reaches[n].map(|more| walked(ef as usize * WIDEST, 1.0 + more));
-        // Coarse codes put the nearest too near for their distance to tell much.
-        let near = near.filter(|(_, near)| near.distances < far.distances && near.recall >= far.recall - MAY_MISS);
-        let (reach, chosen) = near.unwrap_or((unbounded, far));
-        Calibrated { ef, reach, recall: chosen.recall, among: among[n] }
-    })
+    calibration
+}
+
+/// What unfiltered searches for `queries` need, on one thread; `None` if it was not to `go_on`.
+pub(crate) fn measure(walker: &Walker<'_>, queries: &[Vec<f32>], go_on: GoOn<'_>) -> Option<Calibration> {
+    let needed = Questions::new(walker, walker, queries, &|_| true, (1, go_on)).unfiltered();
+    // What was ended early is wrong.
+    go_on().then_some(needed)
 }
 
 /// What walks found.
@@ -333,11 +336,12 @@ struct Found {
     distances: usize,
 }
 
-/// Rows that are asked for, and how far the last of the nearest is.
+/// Vectors that are asked for, and how far the last of the nearest is.
 struct Questions<'a> {
     walker: &'a Walker<'a>,
     threads: usize,
-    asked: Vec<(Vec<f32>, f32)>,
+    go_on: GoOn<'a>,
+    asked: Vec<(&'a [f32], f32)>,
 }
 
 impl<'a> Questions<'a> {
@@ -345,31 +349,31 @@ impl<'a> Questions<'a> {
     fn new(
         walker: &'a Walker<'a>,
         fine: &Walker<'_>,
-        queries: &[u32],
+        queries: &'a [Vec<f32>],
         may: &(impl Fn(u32) -> bool + Sync),
-        threads: usize,
+        (threads, go_on): (usize, GoOn<'a>),
     ) -> Questions<'a> {
-        let asked: Mutex<Vec<(Vec<f32>, f32)>> = Mutex::new(Vec::new());
+        let asked: Mutex<Vec<(&[f32], f32)>> = Mutex::new(Vec::new());
         let next = AtomicUsize::new(0);
+        let is_coarse = fine.coder.is_some_and(|coder| coder.width() != Width::Byte);
+        let size = (CALIBRATED_K, if is_coarse { COARSE } else { CALIBRATED_K });
         on_threads(threads, || {
-            let (mut scratch, mut numbers) = (Scratch::default(), Vec::new());
-            while let Some(node) = queries.get(next.fetch_add(1, Ordering::Relaxed)) {
-                walker.space.decode(walker.row(*node), &mut numbers);
-                if walker.space.check_query(&numbers).is_err() {
+            let mut scratch = Scratch::default();
+            while let Some(query) = queries.get(next.fetch_add(1, Ordering::Relaxed)).filter(|_| go_on()) {
+                if walker.space.check_query(query).is_err() {
                     continue;
                 }
-                let exact = Prepared::new(walker.space, &numbers);
+                let exact = Prepared::new(walker.space, query);
                 let mut others = Nodes::Passing(0..walker.graph.nodes as u32, may);
                 let plan = Plan::These(&mut others);
-                let size = (CALIBRATED_K, CALIBRATED_K);
                 if fine.nearest(&exact, size, plan, &mut scratch, &mut Budget::unlimited()).is_ok() {
                     // Equally far is equally right.
                     let limit = scratch.best.peek().map_or(f32::INFINITY, |farthest| farthest.distance);
-                    asked.lock().unwrap_or_else(PoisonError::into_inner).push((numbers.clone(), limit));
+                    asked.lock().unwrap_or_else(PoisonError::into_inner).push((query, limit));
                 }
             }
         });
-        Questions { walker, threads, asked: asked.into_inner().unwrap_or_else(PoisonError::into_inner) }
+        Questions { walker, threads, go_on, asked: asked.into_inner().unwrap_or_else(PoisonError::into_inner) }
     }
 
     /// What the plans of `tries` with their ef find; each finds no less than the one before.
@@ -378,7 +382,8 @@ impl<'a> Questions<'a> {
         let all: Vec<[AtomicUsize; 2]> = tries.iter().map(|_| Default::default()).collect();
         on_threads(self.threads, || {
             let mut scratch = Scratch::default();
-            while let Some((query, limit)) = self.asked.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let next = || self.asked.get(next.fetch_add(1, Ordering::Relaxed)).filter(|_| (self.go_on)());
+            while let Some((query, limit)) = next() {
                 let exact = Prepared::new(self.walker.space, query);
                 for (n, tried) in tries.iter().enumerate() {
                     let ((ef, plan), mut budget) = (plan(*tried), Budget::unlimited());
@@ -407,6 +412,23 @@ impl<'a> Questions<'a> {
             distances: distances.into_inner(),
         };
         all.into_iter().map(found).collect()
+    }
+
+    /// For each target what unfiltered walks need, and what they come to.
+    fn unfiltered(&self) -> Calibration {
+        let most = EFS[EFS.len() - 1] as usize;
+        let efs = self.needed(&TARGETS, &EFS, &|ef| (ef as usize, Plan::All(f32::INFINITY)));
+        let reaches = self.needed(&TARGETS, &REACHES, &|more| (most, Plan::All(1.0 + more)));
+        std::array::from_fn(|n| {
+            let ef = efs[n].map_or(most as u32, |ef| ef.ceil() as u32);
+            let walked = |ef: usize, reach: f32| (reach, self.recall(&[reach], &|reach| (ef, Plan::All(reach)))[0]);
+            let (unbounded, far) = walked(ef as usize, f32::INFINITY);
+            let near = reaches[n].map(|more| walked(ef as usize * WIDEST, 1.0 + more));
+            // Coarse codes put the nearest too near for their distance to tell much.
+            let near = near.filter(|(_, near)| near.distances < far.distances && near.recall >= far.recall - MAY_MISS);
+            let (reach, chosen) = near.unwrap_or((unbounded, far));
+            Calibrated { ef, reach, recall: chosen.recall, among: among_unmeasured(ef) }
+        })
     }
 
     /// For each target which try reaches it, if one does.

@@ -5,7 +5,9 @@
 //! checked when it is opened, links when they are followed: no bytes can make a walk leave its memory.
 
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::build::{GoOn, measure};
 use crate::codes::{Coder, Keyed, Width, ordered, unordered};
 use crate::graph::{Beam, Coded, Graph, Keys, MOST_NODES, Nodes, Pool, entry_key, entry_node};
 use crate::hnsw::MAX_LAYER;
@@ -90,7 +92,10 @@ pub struct Sealed {
     coder: Option<Coder>,
     /// Codes on huge pages.
     hot: OnceLock<Huge>,
+    /// What its own rows need.
     pub(crate) calibration: Calibration,
+    /// And what queries that were asked do: for each of [`TARGETS`] ef and the bits of a reach; 0 where nothing is known.
+    learned: [AtomicU64; TARGETS.len()],
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
@@ -185,7 +190,8 @@ impl Sealed {
             0 => None,
             _ => Some(Graph::of(counts, m, lists).ok_or(FormatError("layers of another length"))?),
         };
-        Ok(Sealed { space, vectors, codes, nodes, graph, coder, hot: OnceLock::new(), calibration })
+        let (hot, learned) = (OnceLock::new(), Default::default());
+        Ok(Sealed { space, vectors, codes, nodes, graph, coder, hot, calibration, learned })
     }
 
     /// Copies what walks read at random places, codes and layer 0, to huge pages: worth a third of a search's time.
@@ -228,10 +234,23 @@ impl Sealed {
         Some(self.calibrated(target)?.recall)
     }
 
+    /// Measures what a recall takes for `queries` that were asked: from now on no less is done for it (decision 19). False
+    /// if it was not to `go_on`, which is asked before each.
+    pub fn learn(&self, queries: &[Vec<f32>], go_on: GoOn<'_>) -> bool {
+        let Some(graph) = &self.graph else { return true };
+        let Some(needed) = measure(&self.walker(graph), queries, go_on) else { return false };
+        for (learned, needed) in self.learned.iter().zip(needed) {
+            learned.store(u64::from(needed.ef) << 32 | u64::from(needed.reach.to_bits()), Ordering::Relaxed);
+        }
+        true
+    }
+
     /// What walks need for a recall of `target`; `None` where only an exact scan will do.
-    fn calibrated(&self, target: f32) -> Option<&Calibrated> {
-        let known = TARGETS.iter().position(|known| *known >= target)?;
-        Some(&self.calibration[known])
+    fn calibrated(&self, target: f32) -> Option<Calibrated> {
+        let n = TARGETS.iter().position(|known| *known >= target)?;
+        let (rows, queries) = (self.calibration[n], self.learned[n].load(Ordering::Relaxed));
+        let reach = rows.reach.max(f32::from_bits(queries as u32));
+        Some(Calibrated { ef: rows.ef.max((queries >> 32) as u32), reach, ..rows })
     }
 
     /// Candidates that a walk goes on from, fewer than are asked for where a recall needs no more; `None`: only an exact scan

@@ -190,6 +190,40 @@ fn a_reach_is_so_many_times_the_squared_distance_whatever_keys_are() {
     }
 }
 
+/// Midpoints of two rows are in no cluster.
+#[test]
+fn what_queries_need_that_are_not_like_rows_is_learned_from_them() {
+    let space = Space::new(24, Metric::L2, Element::F32).unwrap();
+    let (rows, easy) = data(&space, 12_000, 11);
+    let mut random = Random(5);
+    let mut row = |numbers: &mut Vec<f32>| {
+        let at = random.next() as usize % 12_000;
+        space.decode(&rows[at * space.row_bytes()..][..space.row_bytes()], numbers);
+    };
+    let (mut one, mut other) = (Vec::new(), Vec::new());
+    let mut midpoint = || {
+        row(&mut one);
+        row(&mut other);
+        one.iter().zip(&other).map(|(one, other)| (one + other) / 2.0).collect::<Vec<f32>>()
+    };
+    let asked: Vec<Vec<f32>> = (0..300).map(|_| midpoint()).collect();
+    let fresh: Vec<Vec<f32>> = (0..300).map(|_| midpoint()).collect();
+    for quantization in [Quantization::Sq8, Quantization::Sq4] {
+        let sealed = seal(space, &rows, &Params { quantization, ef_construction: 80, ..Params::default() });
+        let request = Request { effort: Effort::Recall(0.95), ..Request::nearest(10) };
+        let before = recall(&sealed, &rows, &fresh, &request);
+        assert!(before < 0.9, "{quantization}: {before}, so that there is something to learn");
+        assert!(!sealed.learn(&asked, &|| false));
+        assert_eq!(recall(&sealed, &rows, &fresh, &request), before);
+        assert!(sealed.learn(&asked, &|| true));
+        let after = recall(&sealed, &rows, &fresh, &request);
+        assert!((0.92..0.98).contains(&after), "{quantization}: {before}, then {after}");
+        // Easy queries take nothing away from it.
+        assert!(sealed.learn(&easy, &|| true));
+        assert!(recall(&sealed, &rows, &easy, &request) >= 0.94);
+    }
+}
+
 /// Codes end where the rows do; a query need not.
 #[test]
 fn queries_outside_of_what_codes_can_say_find_as_much() {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use vexfs_index::{Mutable, Scratch};
 
+use crate::asked::Asked;
 use crate::catalog::CollectionRow;
 use crate::id::{CollectionId, Generation};
 use crate::part::{Part, Reading};
@@ -35,6 +36,8 @@ pub struct Collection {
     pub parts: ArcSwap<Vec<Arc<Part>>>,
     /// Held while rows are appended to the head and while the head is changed for a new one.
     pub append: Mutex<()>,
+    /// What it was asked.
+    pub asked: Asked,
 }
 
 impl Collection {
@@ -47,6 +50,7 @@ impl Collection {
             schema: ArcSwapOption::from_pointee(schema),
             parts: ArcSwap::from_pointee(parts),
             append: Mutex::new(()),
+            asked: Asked::default(),
         })
     }
 

@@ -4,6 +4,7 @@
 //! [`Volume::put`], [`Volume::rename`]…) after it happened, and answers a [`Query`] with [`Hit`]s. Files are the
 //! truth: what a file holds is not logged here but read from it again after a crash ([`Recovery::unread`]).
 
+mod asked;
 mod background;
 mod barrier;
 mod budget;

@@ -1,5 +1,5 @@
 //! The threads behind: one links pending points, one seals and merges, one commits, one verifies at the start what
-//! opening left.
+//! opening left and then teaches segments what they are asked.
 //!
 //! Sealing, merging and rewriting are one thing, [`rewrite`]: the live rows of some parts become one segment that
 //! takes their place.
@@ -28,6 +28,8 @@ const COMMIT_EVERY: Duration = Duration::from_secs(2);
 const SYNC_SOURCE_EVERY: Duration = Duration::from_secs(30);
 /// How long work may lie when nobody woke the threads.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// How often it is looked whether segments were asked enough to learn from it.
+const LEARN_EVERY: Duration = Duration::from_secs(2);
 /// Segments of one size class that are merged into one.
 const TIER: usize = 4;
 /// Bytes of a segment that are written under a rate before they are made durable.
@@ -48,7 +50,10 @@ pub fn start(inner: &Arc<Inner>) -> io::Result<Vec<JoinHandle<()>>> {
         thread("vexfs-link", link_loop)?,
         thread("vexfs-seal", seal_loop)?,
         thread("vexfs-commit", commit_loop)?,
-        thread("vexfs-verify", verify_all)?,
+        thread("vexfs-verify", |inner| {
+            verify_all(inner);
+            learn_loop(inner);
+        })?,
     ])
 }
 
@@ -108,6 +113,23 @@ fn verify_all(inner: &Inner) {
                 Err(error) => inner.quarantine(&collection, part, &error),
             }
         }
+    }
+}
+
+/// Segments that were asked enough learn from it (decision 19).
+fn learn_loop(inner: &Inner) {
+    while !stopping(inner) {
+        let collections: Vec<_> = inner.collections.read().values().cloned().collect();
+        for collection in collections {
+            for part in collection.parts.load_full().iter() {
+                let Some(segment) = part.as_segment() else { continue };
+                let Some(lesson) = collection.asked.lesson(segment.learned.load(Ordering::Relaxed)) else { continue };
+                if segment.index.learn(&lesson.queries, &|| inner.go_on(0)) {
+                    segment.learned.store(lesson.count, Ordering::Relaxed);
+                }
+            }
+        }
+        std::thread::park_timeout(LEARN_EVERY);
     }
 }
 

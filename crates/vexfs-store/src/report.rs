@@ -58,6 +58,8 @@ pub struct MemoryReport {
     pub names: u64,
     /// Scratches of searches and inserts that are not in use.
     pub scratches: u64,
+    /// Queries that segments learn from.
+    pub queries: u64,
 }
 
 /// What is done behind: linking, sealing, merging, verifying.
@@ -135,6 +137,8 @@ pub struct CollectionReport {
     pub segments: u64,
     /// Bytes of the segments on disk.
     pub segment_bytes: u64,
+    /// Of the segments, those that have learned what a recall takes from queries that were asked.
+    pub learned: u64,
 }
 
 /// A file that isn't indexed.
@@ -209,6 +213,7 @@ impl Volume {
                 dead: sum(Part::ended_points),
                 segments: sum(|part| u64::from(part.as_segment().is_some())),
                 segment_bytes: sum(|part| part.as_segment().map_or(0, |s| s.bytes)),
+                learned: sum(|part| part.as_segment().map_or(0, |s| s.learned.load(Ordering::Relaxed).min(1))),
             });
         }
         let pending = collections.iter().map(|collection| collection.pending).sum();
@@ -246,10 +251,11 @@ impl Volume {
 
     fn memory(&self, tree: &Tree) -> MemoryReport {
         let inner = &*self.inner;
-        let (mut heads, mut unsealed) = (0, 0);
+        let (mut heads, mut unsealed, mut queries) = (0, 0, 0);
         for collection in inner.collections.read().values() {
             heads += collection.head().map_or(0, |head| head.waiting_bytes()) as u64;
             unsealed += collection.unsealed_bytes() as u64;
+            queries += collection.asked.bytes() as u64;
         }
         MemoryReport {
             allowed: inner.options.memory,
@@ -258,6 +264,7 @@ impl Volume {
             copies: inner.budget.copied(),
             names: tree.bytes(),
             scratches: inner.scratch.lock().iter().map(|scratch| scratch.bytes() as u64).sum(),
+            queries,
         }
     }
 

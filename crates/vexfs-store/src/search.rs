@@ -96,6 +96,10 @@ impl Volume {
     pub fn search(&self, query: &Query<'_>, verdict: &mut Verdict<'_>) -> Result<Answer, SearchError> {
         let inner = &*self.inner;
         let Some((metric, chosen)) = inner.choose(query, verdict)? else { return Ok(Answer::default()) };
+        // A row of a file is as hard as the rows that segments were sealed with.
+        if matches!(query.effort, Effort::Recall(_)) && !query.exact && query.exclude.is_none() {
+            chosen.iter().for_each(|collection| collection.asked.note(&query.vector));
+        }
         let k = query.k.min(MAX_K);
         let mut answer = Answer::default();
         let mut paths: HashMap<FileId, Option<Vec<u8>>> = HashMap::new();

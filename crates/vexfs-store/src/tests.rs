@@ -5,6 +5,7 @@ mod background;
 mod beside;
 mod crash;
 mod gone;
+mod learn;
 mod model;
 mod room;
 mod rot;

@@ -110,7 +110,7 @@ fn print(volume: &Value) {
     }
     let memory = &volume["memory"];
     if memory.is_object() {
-        let held = ["heads", "unsealed", "copies", "names", "scratches"];
+        let held = ["heads", "unsealed", "copies", "names", "scratches", "queries"];
         let all: Vec<String> = held.iter().map(|key| format!("{key} {}", number(memory, key))).collect();
         println!("  memory     {} bytes", all.join(", "));
     }

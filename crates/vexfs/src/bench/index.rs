@@ -47,6 +47,9 @@ pub struct IndexArgs {
     /// Recall targets instead of ef: the index's own calibration chooses.
     #[arg(long, value_delimiter = ',', conflicts_with = "ef")]
     recall: Vec<f32>,
+    /// The index learns from the first so many queries what a recall takes, and is measured with the others.
+    #[arg(long, default_value_t = 0, requires = "recall")]
+    learn: usize,
     /// How often the queries are run; the median counts.
     #[arg(long, default_value_t = 3)]
     repeat: usize,
@@ -182,6 +185,14 @@ pub fn index(args: &IndexArgs) -> Result<(), String> {
             .map_err(|error| error.to_string())?;
     index.warm();
     let memory = index.memory();
+    let began = Instant::now();
+    let (asked, queries) =
+        queries.split_at_checked(args.learn).ok_or("there are fewer queries than are to be learned from")?;
+    if args.learn > 0 {
+        index.learn(asked, &|| true);
+        eprintln!("learned from {} queries in {:.2} s", asked.len(), began.elapsed().as_secs_f64());
+    }
+    let truth = &truth[args.learn..];
 
     let mut results = Vec::new();
     let efforts: Vec<Effort> = match args.recall.is_empty() {
@@ -194,9 +205,9 @@ pub fn index(args: &IndexArgs) -> Result<(), String> {
         let mut runs = Vec::new();
         let mut batches = Vec::new();
         for _ in 0..args.repeat.max(1) {
-            runs.push(single(&index, &order, &queries, &truth, &request)?);
+            runs.push(single(&index, &order, queries, truth, &request)?);
             if threads > 1 {
-                batches.push(batch(&index, &queries, &request, threads));
+                batches.push(batch(&index, queries, &request, threads));
             }
         }
         runs.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
@@ -206,7 +217,7 @@ pub fn index(args: &IndexArgs) -> Result<(), String> {
         let alone = n / one.seconds;
         let (kind, asked) = match effort {
             Effort::Ef(ef) => ("ef", json!(ef)),
-            Effort::Recall(recall) => ("target", json!(recall)),
+            Effort::Recall(recall) => ("target", json!((f64::from(recall) * 1e6).round() / 1e6)),
         };
         results.push(json!({
             kind: asked,
