@@ -234,6 +234,11 @@ impl Sealed {
         Some(self.calibrated(target)?.recall)
     }
 
+    /// Is there a graph to walk?
+    pub fn is_walked(&self) -> bool {
+        self.graph.is_some()
+    }
+
     /// Measures what a recall takes for `queries` that were asked: from now on no less is done for it (decision 19). False
     /// if it was not to `go_on`, which is asked before each.
     pub fn learn(&self, queries: &[Vec<f32>], go_on: GoOn<'_>) -> bool {

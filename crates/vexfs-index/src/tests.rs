@@ -208,9 +208,22 @@ fn what_queries_need_that_are_not_like_rows_is_learned_from_them() {
     };
     let asked: Vec<Vec<f32>> = (0..300).map(|_| midpoint()).collect();
     let fresh: Vec<Vec<f32>> = (0..300).map(|_| midpoint()).collect();
+    let request = Request { effort: Effort::Recall(0.95), ..Request::nearest(10) };
+    let head = Mutable::new(space, Params { ef_construction: 80, ..Params::default() });
+    let mut scratch = Scratch::default();
+    for row in rows.chunks_exact(space.row_bytes()) {
+        let slot = head.push(row);
+        head.link(slot, &mut scratch);
+    }
+    let before = recall(&head, &rows, &fresh, &request);
+    assert!(before < 0.9, "head: {before}");
+    assert!(!head.learn(&asked, &|| false));
+    assert_eq!(recall(&head, &rows, &fresh, &request), before);
+    assert!(head.learn(&asked, &|| true));
+    let after = recall(&head, &rows, &fresh, &request);
+    assert!((0.92..0.98).contains(&after), "head: {before}, then {after}");
     for quantization in [Quantization::Sq8, Quantization::Sq4] {
         let sealed = seal(space, &rows, &Params { quantization, ef_construction: 80, ..Params::default() });
-        let request = Request { effort: Effort::Recall(0.95), ..Request::nearest(10) };
         let before = recall(&sealed, &rows, &fresh, &request);
         assert!(before < 0.9, "{quantization}: {before}, so that there is something to learn");
         assert!(!sealed.learn(&asked, &|| false));

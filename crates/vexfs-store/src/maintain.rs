@@ -1,5 +1,5 @@
 //! The threads behind: one links pending points, one seals and merges, one commits, one verifies at the start what
-//! opening left and then teaches segments what they are asked.
+//! opening left and then has indexes learn from what they are asked.
 //!
 //! Sealing, merging and rewriting are one thing, [`rewrite`]: the live rows of some parts become one segment that
 //! takes their place.
@@ -28,7 +28,7 @@ const COMMIT_EVERY: Duration = Duration::from_secs(2);
 const SYNC_SOURCE_EVERY: Duration = Duration::from_secs(30);
 /// How long work may lie when nobody woke the threads.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
-/// How often it is looked whether segments were asked enough to learn from it.
+/// How often it is looked whether collections were asked enough to learn from it.
 const LEARN_EVERY: Duration = Duration::from_secs(2);
 /// Segments of one size class that are merged into one.
 const TIER: usize = 4;
@@ -116,17 +116,13 @@ fn verify_all(inner: &Inner) {
     }
 }
 
-/// Segments that were asked enough learn from it (decision 19).
+/// What was asked enough learns from it (decision 19).
 fn learn_loop(inner: &Inner) {
     while !stopping(inner) {
         let collections: Vec<_> = inner.collections.read().values().cloned().collect();
         for collection in collections {
             for part in collection.parts.load_full().iter() {
-                let Some(segment) = part.as_segment() else { continue };
-                let Some(lesson) = collection.asked.lesson(segment.learned.load(Ordering::Relaxed)) else { continue };
-                if segment.index.learn(&lesson.queries, &|| inner.go_on(0)) {
-                    segment.learned.store(lesson.count, Ordering::Relaxed);
-                }
+                part.learn(&collection.asked, &|| inner.go_on(0));
             }
         }
         std::thread::park_timeout(LEARN_EVERY);

@@ -9,8 +9,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use vexfs_index::{Explorer, Filter, Flat, Index, Mutable, SearchError as GaveUp, Slot, Until};
+use vexfs_index::{Explorer, Filter, Flat, GoOn, Index, Mutable, SearchError as GaveUp, Slot, Until};
 
+use crate::asked::Asked;
 use crate::id::{FileId, Generation};
 use crate::segment::{Segment, SegmentError, SegmentFile};
 use crate::sync::{ArcSwapOption, AtomicU64, Mutex, RwLock};
@@ -125,6 +126,8 @@ pub struct Part {
     ended: Arc<AtomicU64>,
     /// Which readings lie in the scope that was last asked for.
     scope: Mutex<Option<ScopeBits>>,
+    /// How many queries the collection had been asked when the index learned from them; 0 if it hasn't.
+    learned: AtomicU64,
 }
 
 #[derive(Clone)]
@@ -138,7 +141,7 @@ struct ScopeBits {
 
 impl Part {
     fn new(store: Store) -> Arc<Part> {
-        let part = Part { store, ended: Arc::default(), scope: Mutex::new(None) };
+        let part = Part { store, ended: Arc::default(), scope: Mutex::new(None), learned: AtomicU64::new(0) };
         let held = OnceCell::new();
         for (number, reading) in part.readings().enumerate() {
             // Of a reading that ended while its rows were gathered some are here.
@@ -205,6 +208,29 @@ impl Part {
             Store::Sealed { segment, .. } => Some(segment),
             _ => None,
         }
+    }
+
+    /// The index learns from what its collection was asked, if that is something new to it. `go_on` is asked before each query.
+    pub fn learn(&self, asked: &Asked, go_on: GoOn<'_>) {
+        let lesson = || asked.lesson(self.learned.load(Ordering::Acquire));
+        let learned = match &self.store {
+            Store::Head(head) if head.index.is_walked() => {
+                lesson().filter(|lesson| head.index.learn(&lesson.queries, go_on))
+            }
+            Store::Sealed { segment, .. } if segment.index.is_walked() => {
+                lesson().filter(|lesson| segment.index.learn(&lesson.queries, go_on))
+            }
+            // What is searched exactly has nothing to learn.
+            _ => None,
+        };
+        if let Some(lesson) = learned {
+            self.learned.store(lesson.count, Ordering::Release);
+        }
+    }
+
+    /// Has it learned?
+    pub fn has_learned(&self) -> bool {
+        self.learned.load(Ordering::Acquire) > 0
     }
 
     /// Appends a reading's rows to a head; `None` if this is no head. One caller at a time.

@@ -58,7 +58,7 @@ pub struct MemoryReport {
     pub names: u64,
     /// Scratches of searches and inserts that are not in use.
     pub scratches: u64,
-    /// Queries that segments learn from.
+    /// Queries that indexes learn from.
     pub queries: u64,
 }
 
@@ -137,7 +137,7 @@ pub struct CollectionReport {
     pub segments: u64,
     /// Bytes of the segments on disk.
     pub segment_bytes: u64,
-    /// Of the segments, those that have learned what a recall takes from queries that were asked.
+    /// Heads and segments that have learned what a recall takes from queries that were asked.
     pub learned: u64,
 }
 
@@ -213,7 +213,7 @@ impl Volume {
                 dead: sum(Part::ended_points),
                 segments: sum(|part| u64::from(part.as_segment().is_some())),
                 segment_bytes: sum(|part| part.as_segment().map_or(0, |s| s.bytes)),
-                learned: sum(|part| part.as_segment().map_or(0, |s| s.learned.load(Ordering::Relaxed).min(1))),
+                learned: sum(|part| u64::from(part.has_learned())),
             });
         }
         let pending = collections.iter().map(|collection| collection.pending).sum();

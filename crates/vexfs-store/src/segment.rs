@@ -8,7 +8,7 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use vexfs_index::{Built, Bytes, Element, FormatError, Index, Metric, Region, Sealed, Space};
@@ -273,8 +273,6 @@ pub struct Segment {
     pub bytes: u64,
     /// What the copies of what walks read take of the budget, if there are any.
     pub(crate) copies: OnceLock<Share>,
-    /// How many queries its collection had been asked when its index learned from them; 0 if it hasn't.
-    pub(crate) learned: AtomicU64,
     files: Slice,
     points: Slice,
     vectors: Unproven,
@@ -299,8 +297,7 @@ impl Segment {
         }
         let (bytes, row_bytes) = (region.bytes().len() as u64, parsed.space.row_bytes());
         let vectors = Unproven::new(region, parsed.checksums, vectors, row_bytes);
-        let (copies, learned) = (OnceLock::new(), AtomicU64::new(0));
-        Ok(Segment { id, index, bytes, copies, learned, files, points, vectors })
+        Ok(Segment { id, index, bytes, copies: OnceLock::new(), files, points, vectors })
     }
 
     /// Is it of this schema? A search would read rows of another length than they have.

@@ -11,7 +11,7 @@ use crate::hnsw::{descend, walk_layer};
 use crate::kernels::Prepared;
 use crate::request::{Budget, Candidate, keep};
 use crate::sealed::{CALIBRATED_K, TARGETS};
-use crate::{Effort, Request, Scratch};
+use crate::{Effort, GoOn, Request, Scratch};
 
 /// One of so many points is asked: of all that there are by this.
 const RARE: usize = 800;
@@ -27,14 +27,50 @@ const RISE: f32 = 0.2;
 /// What is known.
 #[derive(Default)]
 pub struct Efs {
-    /// By target; 0 as long as nothing is known.
-    efs: [AtomicU32; TARGETS.len()],
-    /// How many points there were.
-    points: AtomicUsize,
+    /// Of the head's own points.
+    rows: Needed,
+    /// Of queries that were asked.
+    queries: Needed,
     /// Points linked since the last was asked.
     passed: AtomicUsize,
     /// The newest first.
     blocks: Mutex<[Block; BLOCKS]>,
+}
+
+/// What some vectors needed.
+#[derive(Default)]
+struct Needed {
+    /// By target; 0 as long as nothing is known.
+    efs: [AtomicU32; TARGETS.len()],
+    /// How many points there were.
+    points: AtomicUsize,
+}
+
+impl Needed {
+    /// Takes in what was found of `asked` vectors' neighbours, by [`EFS`].
+    fn set(&self, found: [usize; EFS.len()], asked: usize, points: usize) {
+        let recalls = found.map(|found| found as f32 / (asked * CALIBRATED_K) as f32);
+        for (target, ef) in TARGETS.iter().zip(&self.efs) {
+            let needed = match recalls.iter().position(|recall| recall >= target) {
+                None => EFS[EFS.len() - 1],
+                Some(0) => EFS[0],
+                // Between two that were tried recall rises about evenly.
+                Some(at) => {
+                    let share = (target - recalls[at - 1]) / (recalls[at] - recalls[at - 1]).max(f32::MIN_POSITIVE);
+                    EFS[at - 1] + ((EFS[at] - EFS[at - 1]) as f32 * share).ceil() as u32
+                }
+            };
+            ef.store(needed, Ordering::SeqCst);
+        }
+        self.points.store(points, Ordering::SeqCst);
+    }
+
+    /// Candidates for one of [`TARGETS`] among so many points.
+    fn ef(&self, target: usize, points: usize) -> Option<usize> {
+        let ef = self.efs[target].load(Ordering::SeqCst);
+        let grown = points as f32 / self.points.load(Ordering::SeqCst).max(1) as f32;
+        (ef > 0).then(|| (ef as f32 * grown.clamp(0.5, 4.0).powf(RISE)).round() as usize)
+    }
 }
 
 #[derive(Copy, Clone, Default)]
@@ -61,20 +97,43 @@ impl Mutable {
     }
 
     fn calibrated(&self, target: usize) -> usize {
-        match self.efs.efs[target].load(Ordering::SeqCst) {
-            // Above what SIFT and MiniLM heads need.
-            0 => [32, 48, 64, 96, 128, 200, 300, 500][target],
-            ef => {
-                let grown = self.live() as f32 / self.efs.points.load(Ordering::SeqCst).max(1) as f32;
-                (ef as f32 * grown.clamp(0.5, 4.0).powf(RISE)).round() as usize
+        let live = self.live();
+        // Above what SIFT and MiniLM heads need.
+        let unknown = || [32, 48, 64, 96, 128, 200, 300, 500][target];
+        let rows = self.efs.rows.ef(target, live).unwrap_or_else(unknown);
+        rows.max(self.efs.queries.ef(target, live).unwrap_or(0))
+    }
+
+    /// Is the graph walked, as the points are too many to compare with all?
+    pub fn is_walked(&self) -> bool {
+        self.entry.get().is_some() && self.live() >= self.scan_below
+    }
+
+    /// Measures what a recall takes for `queries` that were asked: from now on no less is done for it (decision 19). False
+    /// if it was not to `go_on`, which is asked before each.
+    pub fn learn(&self, queries: &[Vec<f32>], go_on: GoOn<'_>) -> bool {
+        let (mut scratch, mut found, mut asked) = (Scratch::default(), [0; EFS.len()], 0);
+        for query in queries {
+            if !go_on() {
+                return false;
             }
+            let Some(entry) = self.entry.get().filter(|_| self.space.check_query(query).is_ok()) else { continue };
+            // Not held from one to the next: what is deleted meanwhile waits for it.
+            let pin = self.cells.pin();
+            let more = self.ask(&pin, &Prepared::new(&self.space, query), entry, &mut scratch);
+            found.iter_mut().zip(more).for_each(|(sum, more)| *sum += more);
+            asked += 1;
         }
+        if asked > 0 {
+            self.efs.queries.set(found, asked, self.live());
+        }
+        true
     }
 
     /// Asks for a point that is not linked yet, if it is time for one.
     pub(super) fn sample(&self, pin: &Pin<'_>, node: u32, scratch: &mut Scratch) {
         let points = self.live();
-        if points < self.scan_below || self.efs.passed.fetch_add(1, Ordering::SeqCst) < points / RARE {
+        if !self.is_walked() || self.efs.passed.fetch_add(1, Ordering::SeqCst) < points / RARE {
             return;
         }
         self.efs.passed.store(0, Ordering::SeqCst);
@@ -138,23 +197,10 @@ impl Mutable {
         if newest.asked < BLOCK {
             return;
         }
-        let asked: usize = blocks.iter().map(|block| block.asked).sum();
-        let recalls: [f32; EFS.len()] = std::array::from_fn(|n| {
-            blocks.iter().map(|block| block.found[n]).sum::<usize>() as f32 / (asked * CALIBRATED_K) as f32
-        });
-        for (target, ef) in TARGETS.iter().zip(&self.efs.efs) {
-            let needed = match recalls.iter().position(|recall| recall >= target) {
-                None => EFS[EFS.len() - 1],
-                Some(0) => EFS[0],
-                // Between two that were tried recall rises about evenly.
-                Some(at) => {
-                    let share = (target - recalls[at - 1]) / (recalls[at] - recalls[at - 1]).max(f32::MIN_POSITIVE);
-                    EFS[at - 1] + ((EFS[at] - EFS[at - 1]) as f32 * share).ceil() as u32
-                }
-            };
-            ef.store(needed, Ordering::SeqCst);
-        }
-        self.efs.points.store(blocks.iter().map(|block| block.points).sum::<usize>() / asked, Ordering::SeqCst);
+        let sum = |of: fn(&Block) -> usize| blocks.iter().map(of).sum::<usize>();
+        let asked = sum(|block| block.asked);
+        let found = std::array::from_fn(|n| blocks.iter().map(|block| block.found[n]).sum());
+        self.efs.rows.set(found, asked, sum(|block| block.points) / asked);
         blocks.rotate_right(1);
         blocks[0] = Block::default();
     }
