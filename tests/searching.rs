@@ -178,32 +178,69 @@ fn the_command_asks_and_prints_three_ways() {
     assert!(refuse(&["status", "/"]).contains("in no mounted VexFS volume"));
 }
 
+/// 12,000 rows around 40 centres.
+fn clusters(random: &mut Random, spread: f32) -> Vec<Vec<f32>> {
+    let centres: Vec<Vec<f32>> = (0..40).map(|_| random.vector(32)).collect();
+    let near = |_| {
+        let centre = centres[random.below(centres.len())].clone();
+        centre.iter().zip(random.vector(32)).map(|(c, noise)| c + spread * noise).collect()
+    };
+    (0..12_000).map(near).collect()
+}
+
+/// Of the ten nearest rows.
+fn recall(v: &Volume, queries: &[Vec<f32>]) -> f64 {
+    let rows_of = |asked: Value| -> Vec<u64> {
+        let answer = v.ask("", &asked);
+        answer["hits"].as_array().unwrap().iter().map(|hit| hit["row"].as_u64().unwrap()).collect()
+    };
+    let (mut right, mut all) = (0, 0);
+    for query in queries {
+        let exact = rows_of(json!({ "vector": query, "exact": true }));
+        right += rows_of(json!({ "vector": query })).iter().filter(|row| exact.contains(row)).count();
+        all += exact.len();
+    }
+    right as f64 / all as f64
+}
+
 #[test]
 fn default_recall_through_the_mount_is_what_was_promised() {
     let Some(v) = Volume::new(&[]) else { return };
-    let mut random = Random(3);
-    let centres: Vec<Vec<f32>> = (0..40).map(|_| random.vector(32)).collect();
-    let mut near = || -> Vec<f32> {
-        let centre = centres[random.below(centres.len())].clone();
-        centre.iter().zip(random.vector(32)).map(|(c, noise)| c + 0.4 * noise).collect()
-    };
-    let rows: Vec<Vec<f32>> = (0..12_000).map(|_| near()).collect();
+    let mut rows = clusters(&mut Random(3), 0.4);
+    let queries = rows.split_off(11_800);
     v.write("rows.npy", npy(&rows));
     while v.stats("")["pending"] != 0 {
         std::thread::yield_now();
     }
-    let rows_of = |answer: &Value| -> Vec<u64> {
-        answer["hits"].as_array().unwrap().iter().map(|hit| hit["row"].as_u64().unwrap()).collect()
-    };
-    let (mut right, mut all) = (0, 0);
-    for _ in 0..200 {
-        let query = near();
-        let exact = rows_of(&v.ask("", &json!({ "vector": query, "exact": true })));
-        let found = rows_of(&v.ask("", &json!({ "vector": query })));
-        right += found.iter().filter(|row| exact.contains(row)).count();
-        all += exact.len();
+    let recall = recall(&v, &queries);
+    assert!(recall >= 0.95, "{recall}");
+}
+
+#[test]
+fn queries_that_are_not_like_rows_are_learned_from() {
+    let Some(v) = Volume::new(&[]) else { return };
+    let mut random = Random(3);
+    let rows = clusters(&mut random, 0.15);
+    v.write("rows.npy", npy(&rows));
+    while v.stats("")["pending"] != 0 {
+        std::thread::yield_now();
     }
-    assert!(right as f64 >= 0.95 * all as f64, "{right} of {all}");
+    // In no cluster.
+    let mut midpoint = || -> Vec<f32> {
+        let (one, other) = (&rows[random.below(rows.len())], &rows[random.below(rows.len())]);
+        one.iter().zip(other).map(|(one, other)| (one + other) / 2.0).collect()
+    };
+    let some: Vec<Vec<f32>> = (0..100).map(|_| midpoint()).collect();
+    let before = recall(&v, &some);
+    assert!(before < 0.92, "{before}, so that there is something to learn");
+    let learned = || v.stats("")["collections"][0]["learned"].as_u64().unwrap();
+    assert_eq!(learned(), 0, "from so few");
+    while learned() == 0 {
+        v.ask("", &json!({ "vector": midpoint() }));
+    }
+    let fresh: Vec<Vec<f32>> = (0..100).map(|_| midpoint()).collect();
+    let after = recall(&v, &fresh);
+    assert!(after >= 0.93, "{before}, then {after}");
 }
 
 #[test]

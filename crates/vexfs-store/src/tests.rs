@@ -5,7 +5,6 @@ mod background;
 mod beside;
 mod crash;
 mod gone;
-mod learn;
 mod model;
 mod room;
 mod rot;
