@@ -439,14 +439,19 @@ impl<'a> Questions<'a> {
         plan: &(impl Fn(f32) -> (usize, Plan<'p>) + Sync),
     ) -> [Option<f32>; TARGETS.len()] {
         let recalls: Vec<f32> = self.recall(tries, plan).into_iter().map(|found| found.recall).collect();
-        targets.map(|target| match recalls.iter().position(|recall| *recall >= target)? {
-            0 => Some(tries[0]),
-            // Between two that were tried recall rises about evenly.
-            at => {
-                let share = (target - recalls[at - 1]) / (recalls[at] - recalls[at - 1]).max(f32::MIN_POSITIVE);
-                Some(tries[at - 1] + (tries[at] - tries[at - 1]) * share)
-            }
-        })
+        targets.map(|target| reaching(target, &recalls, tries))
+    }
+}
+
+/// What of `tries` comes to a recall, if one does.
+pub(crate) fn reaching(target: f32, recalls: &[f32], tries: &[f32]) -> Option<f32> {
+    match recalls.iter().position(|recall| *recall >= target)? {
+        0 => Some(tries[0]),
+        // Between two that were tried recall rises about evenly.
+        at => {
+            let share = (target - recalls[at - 1]) / (recalls[at] - recalls[at - 1]).max(f32::MIN_POSITIVE);
+            Some(tries[at - 1] + (tries[at] - tries[at - 1]) * share)
+        }
     }
 }
 

@@ -255,7 +255,8 @@ impl Sealed {
         let n = TARGETS.iter().position(|known| *known >= target)?;
         let (rows, queries) = (self.calibration[n], self.learned[n].load(Ordering::Relaxed));
         let reach = rows.reach.max(f32::from_bits(queries as u32));
-        Some(Calibrated { ef: rows.ef.max((queries >> 32) as u32), reach, ..rows })
+        let ef = rows.ef.max(((queries >> 32) as u32).min(rows.ef * MOST_LEARNED as u32));
+        Some(Calibrated { ef, reach, ..rows })
     }
 
     /// Candidates that a walk goes on from, fewer than are asked for where a recall needs no more; `None`: only an exact scan
@@ -404,6 +405,9 @@ impl Keys for Rows<'_> {
     }
 }
 
+/// How many times as many candidates as rows need are learned from queries at most: who asks for what is nowhere near must
+/// not slow down all others.
+pub(crate) const MOST_LEARNED: usize = 10;
 /// How many times as many candidates as are needed on average a hard query gets.
 pub(crate) const WIDEST: usize = 4;
 /// Rows asked for ahead of their use.

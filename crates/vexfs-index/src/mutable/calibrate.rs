@@ -7,10 +7,11 @@
 use super::super::sync::{AtomicU32, AtomicUsize, Mutex, Ordering};
 use super::cells::Pin;
 use super::{Graph, Mutable, lock};
+use crate::build::reaching;
 use crate::hnsw::{descend, walk_layer};
 use crate::kernels::Prepared;
 use crate::request::{Budget, Candidate, keep};
-use crate::sealed::{CALIBRATED_K, TARGETS};
+use crate::sealed::{CALIBRATED_K, MOST_LEARNED, TARGETS};
 use crate::{Effort, GoOn, Request, Scratch};
 
 /// One of so many points is asked: of all that there are by this.
@@ -20,7 +21,8 @@ const BLOCK: usize = 64;
 /// Blocks that are remembered.
 const BLOCKS: usize = 5;
 /// Numbers of candidates that are tried, smallest first.
-const EFS: [u32; 18] = [10, 12, 14, 17, 20, 24, 28, 34, 40, 48, 56, 68, 80, 112, 160, 256, 512, 1024];
+const EFS: [f32; 18] =
+    [10.0, 12.0, 14.0, 17.0, 20.0, 24.0, 28.0, 34.0, 40.0, 48.0, 56.0, 68.0, 80.0, 112.0, 160.0, 256.0, 512.0, 1024.0];
 /// Candidates for a recall grow with this power of the points.
 const RISE: f32 = 0.2;
 
@@ -51,16 +53,8 @@ impl Needed {
     fn set(&self, found: [usize; EFS.len()], asked: usize, points: usize) {
         let recalls = found.map(|found| found as f32 / (asked * CALIBRATED_K) as f32);
         for (target, ef) in TARGETS.iter().zip(&self.efs) {
-            let needed = match recalls.iter().position(|recall| recall >= target) {
-                None => EFS[EFS.len() - 1],
-                Some(0) => EFS[0],
-                // Between two that were tried recall rises about evenly.
-                Some(at) => {
-                    let share = (target - recalls[at - 1]) / (recalls[at] - recalls[at - 1]).max(f32::MIN_POSITIVE);
-                    EFS[at - 1] + ((EFS[at] - EFS[at - 1]) as f32 * share).ceil() as u32
-                }
-            };
-            ef.store(needed, Ordering::SeqCst);
+            let needed = reaching(*target, &recalls, &EFS).unwrap_or(EFS[EFS.len() - 1]);
+            ef.store(needed.ceil() as u32, Ordering::SeqCst);
         }
         self.points.store(points, Ordering::SeqCst);
     }
@@ -101,7 +95,7 @@ impl Mutable {
         // Above what SIFT and MiniLM heads need.
         let unknown = || [32, 48, 64, 96, 128, 200, 300, 500][target];
         let rows = self.efs.rows.ef(target, live).unwrap_or_else(unknown);
-        rows.max(self.efs.queries.ef(target, live).unwrap_or(0))
+        rows.max(self.efs.queries.ef(target, live).unwrap_or(0).min(rows * MOST_LEARNED))
     }
 
     /// Is the graph walked, as the points are too many to compare with all?
