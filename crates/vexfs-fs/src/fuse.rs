@@ -40,10 +40,31 @@ enum Dir {
     Virtual(Mutex<Vec<Listed>>),
 }
 
+/// Backing files by inode.
+type Backings = Mutex<HashMap<u64, Weak<Backing>>>;
+
+/// The kernel's backing file of an inode.
+struct Backing {
+    id: BackingId,
+    inode: u64,
+    all: Arc<Backings>,
+}
+
+impl Drop for Backing {
+    /// By whoever has it last: that may be an open whose answer was sent, and the file closed again, before it is done.
+    fn drop(&mut self) {
+        let mut all = self.all.lock();
+        // Another one may be in its place.
+        if all.get(&self.inode).is_some_and(|known| known.strong_count() == 0) {
+            all.remove(&self.inode);
+        }
+    }
+}
+
 struct OpenFile {
     handle: Handle,
     /// Keeps the kernel's backing file; all handles of an inode share it.
-    _backing: Option<Arc<BackingId>>,
+    _backing: Option<Arc<Backing>>,
 }
 
 /// The file system as FUSE calls it.
@@ -54,7 +75,7 @@ pub struct Fuse {
     next: AtomicU64,
     open: RwLock<HashMap<u64, Arc<OpenFile>>>,
     dirs: RwLock<HashMap<u64, Arc<Dir>>>,
-    backing: Mutex<HashMap<u64, Weak<BackingId>>>,
+    backing: Arc<Backings>,
     /// Until the kernel or a missing capability says no.
     passthrough: AtomicBool,
     stack_depth: u32,
@@ -167,7 +188,7 @@ impl Fuse {
             next: AtomicU64::new(1),
             open: RwLock::default(),
             dirs: RwLock::default(),
-            backing: Mutex::default(),
+            backing: Arc::default(),
             passthrough: AtomicBool::new(true),
             stack_depth,
             exclusive,
@@ -213,11 +234,7 @@ impl Fuse {
 
     /// The inode's backing file: the one that is in use, or a new one. The lock is held across the ioctl, because two
     /// backing files of one inode would make the second open fail.
-    fn back(
-        &self,
-        handle: &Handle,
-        open: impl FnOnce(&Handle) -> std::io::Result<BackingId>,
-    ) -> Option<Arc<BackingId>> {
+    fn back(&self, handle: &Handle, open: impl FnOnce(&Handle) -> std::io::Result<BackingId>) -> Option<Arc<Backing>> {
         if handle.node.kind != Kind::RegularFile || !self.passthrough.load(Ordering::Acquire) {
             return None;
         }
@@ -228,9 +245,9 @@ impl Fuse {
         match open(handle) {
             Ok(id) => {
                 *self.views.io.lock() = "passthrough";
-                let id = Arc::new(id);
-                backing.insert(handle.node.id, Arc::downgrade(&id));
-                Some(id)
+                let new = Arc::new(Backing { id, inode: handle.node.id, all: Arc::clone(&self.backing) });
+                backing.insert(new.inode, Arc::downgrade(&new));
+                Some(new)
             }
             Err(error) => {
                 // Decided once for the mount: an inode must not be open both ways.
@@ -242,7 +259,7 @@ impl Fuse {
         }
     }
 
-    fn keep(&self, handle: Handle, backing: Option<Arc<BackingId>>) -> (FileHandle, FopenFlags) {
+    fn keep(&self, handle: Handle, backing: Option<Arc<Backing>>) -> (FileHandle, FopenFlags) {
         let mut flags = FopenFlags::empty();
         if !handle.matters() && !handle.flushed {
             flags |= FopenFlags::FOPEN_NOFLUSH;
@@ -476,7 +493,7 @@ impl Filesystem for Fuse {
         let backing = self.back(&handle, |handle| reply.open_backing(&handle.file));
         let (handle, flags) = self.keep(handle, backing.clone());
         match backing {
-            Some(backing) => reply.opened_passthrough(handle, flags, &backing),
+            Some(backing) => reply.opened_passthrough(handle, flags, &backing.id),
             None => reply.opened(handle, flags),
         }
     }
@@ -501,7 +518,7 @@ impl Filesystem for Fuse {
         let (handle, flags) = self.keep(handle, backing.clone());
         let attr = attr(entry.id, &entry.stat);
         match backing {
-            Some(backing) => reply.created_passthrough(&TTL, &attr, GENERATION, handle, flags, &backing),
+            Some(backing) => reply.created_passthrough(&TTL, &attr, GENERATION, handle, flags, &backing.id),
             None => reply.created(&TTL, &attr, GENERATION, handle, flags),
         }
     }
@@ -576,14 +593,13 @@ impl Filesystem for Fuse {
         empty(&handling, reply, || {
             if ino.0 >= VIRTUAL_BASE {
                 self.views.release(handle.0);
-            } else if let Some(open) = self.open.write().remove(&handle.0) {
+                return Ok(());
+            }
+            // The table is locked no longer than this.
+            let gone = self.open.write().remove(&handle.0);
+            if let Some(open) = gone {
                 self.files.release(&open.handle);
                 open.handle.node.handles.fetch_sub(1, Ordering::AcqRel);
-                drop(open);
-                let mut backing = self.backing.lock();
-                if backing.get(&ino.0).is_some_and(|known| known.strong_count() == 0) {
-                    backing.remove(&ino.0);
-                }
             }
             Ok(())
         });
