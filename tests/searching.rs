@@ -238,7 +238,7 @@ fn queries_that_are_not_like_rows_are_learned_from() {
     while learned() == 0 {
         v.ask("", &json!({ "vector": midpoint() }));
     }
-    let fresh: Vec<Vec<f32>> = (0..100).map(|_| midpoint()).collect();
+    let fresh: Vec<Vec<f32>> = (0..300).map(|_| midpoint()).collect();
     let after = recall(&v, &fresh);
     assert!(after >= 0.93, "{before}, then {after}");
 }

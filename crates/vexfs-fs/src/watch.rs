@@ -187,12 +187,13 @@ impl Watch {
     /// Waits for events and until there may be more of them, for `stop`, or so long.
     pub fn wait(&self, stop: &Stop, longest: Duration) {
         let bell = || PollFd::new(&stop.bell, PollFlags::IN);
-        let told = match &self.teller {
+        let mut fds = vec![bell()];
+        fds.extend(match &self.teller {
             Teller::Nobody => None,
             Teller::Fanotify(fanotify) => Some(PollFd::new(fanotify, PollFlags::IN)),
             Teller::Inotify(inotify) => Some(PollFd::new(inotify, PollFlags::IN)),
-        };
-        if wait_for(&mut Vec::from_iter([bell()].into_iter().chain(told)), longest) {
+        });
+        if wait_for(&mut fds, longest) {
             wait_for(&mut [bell()], GATHER);
         }
     }

@@ -297,6 +297,7 @@ fn calibrate(
         numbers
     };
     let queries: Vec<Vec<f32>> = held.iter().map(numbers).collect();
+    // A build's own `go_on` counts what is linked.
     let mut calibration =
         Questions::new(walker, fine, &queries, &|node| !is_held(node), (threads, &|| true)).unfiltered();
     for (n, share) in SHARES.iter().enumerate() {

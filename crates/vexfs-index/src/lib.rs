@@ -121,6 +121,17 @@ pub trait Index: Send + Sync {
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
+
+    /// Is a graph walked? Otherwise every search is exact.
+    fn is_walked(&self) -> bool {
+        false
+    }
+
+    /// Measures what a recall takes for `queries` that were asked: from now on no less is done for it (decision 19). False
+    /// if it was not to `go_on`, which is asked before each.
+    fn learn(&self, _queries: &[Vec<f32>], _go_on: GoOn<'_>) -> bool {
+        true
+    }
 }
 
 /// For [`Index::read`], of rows that are never empty.

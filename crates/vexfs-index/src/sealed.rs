@@ -234,28 +234,12 @@ impl Sealed {
         Some(self.calibrated(target)?.recall)
     }
 
-    /// Is there a graph to walk?
-    pub fn is_walked(&self) -> bool {
-        self.graph.is_some()
-    }
-
-    /// Measures what a recall takes for `queries` that were asked: from now on no less is done for it (decision 19). False
-    /// if it was not to `go_on`, which is asked before each.
-    pub fn learn(&self, queries: &[Vec<f32>], go_on: GoOn<'_>) -> bool {
-        let Some(graph) = &self.graph else { return true };
-        let Some(needed) = measure(&self.walker(graph), queries, go_on) else { return false };
-        for (learned, needed) in self.learned.iter().zip(needed) {
-            learned.store(u64::from(needed.ef) << 32 | u64::from(needed.reach.to_bits()), Ordering::Relaxed);
-        }
-        true
-    }
-
     /// What walks need for a recall of `target`; `None` where only an exact scan will do.
     fn calibrated(&self, target: f32) -> Option<Calibrated> {
         let n = TARGETS.iter().position(|known| *known >= target)?;
         let (rows, queries) = (self.calibration[n], self.learned[n].load(Ordering::Relaxed));
         let reach = rows.reach.max(f32::from_bits(queries as u32));
-        let ef = rows.ef.max(((queries >> 32) as u32).min(rows.ef * MOST_LEARNED as u32));
+        let ef = with_learned(rows.ef as usize, (queries >> 32) as usize) as u32;
         Some(Calibrated { ef, reach, ..rows })
     }
 
@@ -405,9 +389,12 @@ impl Keys for Rows<'_> {
     }
 }
 
-/// How many times as many candidates as rows need are learned from queries at most: who asks for what is nowhere near must
-/// not slow down all others.
-pub(crate) const MOST_LEARNED: usize = 10;
+/// Candidates where rows need so many and queries that were asked others: no fewer than rows need. Who asks for what is
+/// nowhere near must not slow down all others: no more than a thousand, or ten times what rows need.
+pub(crate) fn with_learned(rows: usize, queries: usize) -> usize {
+    rows.max(queries.min((10 * rows).max(1_000)))
+}
+
 /// How many times as many candidates as are needed on average a hard query gets.
 pub(crate) const WIDEST: usize = 4;
 /// Rows asked for ahead of their use.
@@ -705,6 +692,19 @@ impl Index for Sealed {
         let stats = answered?;
         deliver(&mut scratch.best, request, out);
         Ok(stats)
+    }
+
+    fn is_walked(&self) -> bool {
+        self.graph.is_some()
+    }
+
+    fn learn(&self, queries: &[Vec<f32>], go_on: GoOn<'_>) -> bool {
+        let Some(graph) = &self.graph else { return true };
+        let Some(needed) = measure(&self.walker(graph), queries, go_on) else { return false };
+        for (learned, needed) in self.learned.iter().zip(needed) {
+            learned.store(u64::from(needed.ef) << 32 | u64::from(needed.reach.to_bits()), Ordering::Relaxed);
+        }
+        true
     }
 
     fn memory(&self) -> Memory {

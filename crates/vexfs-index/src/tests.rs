@@ -209,28 +209,25 @@ fn what_queries_need_that_are_not_like_rows_is_learned_from_them() {
     let asked: Vec<Vec<f32>> = (0..300).map(|_| midpoint()).collect();
     let fresh: Vec<Vec<f32>> = (0..300).map(|_| midpoint()).collect();
     let request = Request { effort: Effort::Recall(0.95), ..Request::nearest(10) };
+    let learns = |what: &str, index: &dyn Index| {
+        let before = recall(index, &rows, &fresh, &request);
+        assert!(before < 0.9, "{what}: {before}, so that there is something to learn");
+        assert!(!index.learn(&asked, &|| false));
+        assert_eq!(recall(index, &rows, &fresh, &request), before);
+        assert!(index.learn(&asked, &|| true));
+        let after = recall(index, &rows, &fresh, &request);
+        assert!((0.92..0.98).contains(&after), "{what}: {before}, then {after}");
+    };
     let head = Mutable::new(space, Params { ef_construction: 80, ..Params::default() });
     let mut scratch = Scratch::default();
     for row in rows.chunks_exact(space.row_bytes()) {
         let slot = head.push(row);
         head.link(slot, &mut scratch);
     }
-    let before = recall(&head, &rows, &fresh, &request);
-    assert!(before < 0.9, "head: {before}");
-    assert!(!head.learn(&asked, &|| false));
-    assert_eq!(recall(&head, &rows, &fresh, &request), before);
-    assert!(head.learn(&asked, &|| true));
-    let after = recall(&head, &rows, &fresh, &request);
-    assert!((0.92..0.98).contains(&after), "head: {before}, then {after}");
+    learns("head", &head);
     for quantization in [Quantization::Sq8, Quantization::Sq4] {
         let sealed = seal(space, &rows, &Params { quantization, ef_construction: 80, ..Params::default() });
-        let before = recall(&sealed, &rows, &fresh, &request);
-        assert!(before < 0.9, "{quantization}: {before}, so that there is something to learn");
-        assert!(!sealed.learn(&asked, &|| false));
-        assert_eq!(recall(&sealed, &rows, &fresh, &request), before);
-        assert!(sealed.learn(&asked, &|| true));
-        let after = recall(&sealed, &rows, &fresh, &request);
-        assert!((0.92..0.98).contains(&after), "{quantization}: {before}, then {after}");
+        learns(&quantization.to_string(), &sealed);
         // Easy queries take nothing away from it.
         assert!(sealed.learn(&easy, &|| true));
         assert!(recall(&sealed, &rows, &easy, &request) >= 0.94);

@@ -1,4 +1,4 @@
-//! Queries that a collection was asked, for its segments to learn from: how hard they are its rows don't tell. See
+//! Queries that a collection was asked, for its indexes to learn from: how hard they are its rows don't tell. See
 //! decision 19.
 
 use std::collections::hash_map::DefaultHasher;

@@ -212,18 +212,11 @@ impl Part {
 
     /// The index learns from what its collection was asked, if that is something new to it. `go_on` is asked before each query.
     pub fn learn(&self, asked: &Asked, go_on: GoOn<'_>) {
-        let lesson = || asked.lesson(self.learned.load(Ordering::Acquire));
-        let learned = match &self.store {
-            Store::Head(head) if head.index.is_walked() => {
-                lesson().filter(|lesson| head.index.learn(&lesson.queries, go_on))
-            }
-            Store::Sealed { segment, .. } if segment.index.is_walked() => {
-                lesson().filter(|lesson| segment.index.learn(&lesson.queries, go_on))
-            }
-            // What is searched exactly has nothing to learn.
-            _ => None,
-        };
-        if let Some(lesson) = learned {
+        let index = self.index();
+        if index.is_walked()
+            && let Some(lesson) = asked.lesson(self.learned.load(Ordering::Acquire))
+            && index.learn(&lesson.queries, go_on)
+        {
             self.learned.store(lesson.count, Ordering::Release);
         }
     }

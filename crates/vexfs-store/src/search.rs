@@ -96,7 +96,7 @@ impl Volume {
     pub fn search(&self, query: &Query<'_>, verdict: &mut Verdict<'_>) -> Result<Answer, SearchError> {
         let inner = &*self.inner;
         let Some((metric, chosen)) = inner.choose(query, verdict)? else { return Ok(Answer::default()) };
-        // A row of a file is as hard as the rows that segments were sealed with.
+        // A row is as hard as the rows that indexes were measured with.
         if matches!(query.effort, Effort::Recall(_)) && !query.exact && query.exclude.is_none() {
             chosen.iter().for_each(|collection| collection.asked.note(&query.vector));
         }

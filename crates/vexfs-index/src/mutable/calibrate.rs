@@ -11,8 +11,8 @@ use crate::build::reaching;
 use crate::hnsw::{descend, walk_layer};
 use crate::kernels::Prepared;
 use crate::request::{Budget, Candidate, keep};
-use crate::sealed::{CALIBRATED_K, MOST_LEARNED, TARGETS};
-use crate::{Effort, GoOn, Request, Scratch};
+use crate::sealed::{CALIBRATED_K, TARGETS, with_learned};
+use crate::{Effort, GoOn, Index, Request, Scratch};
 
 /// One of so many points is asked: of all that there are by this.
 const RARE: usize = 800;
@@ -95,17 +95,11 @@ impl Mutable {
         // Above what SIFT and MiniLM heads need.
         let unknown = || [32, 48, 64, 96, 128, 200, 300, 500][target];
         let rows = self.efs.rows.ef(target, live).unwrap_or_else(unknown);
-        rows.max(self.efs.queries.ef(target, live).unwrap_or(0).min(rows * MOST_LEARNED))
+        with_learned(rows, self.efs.queries.ef(target, live).unwrap_or(0))
     }
 
-    /// Is the graph walked, as the points are too many to compare with all?
-    pub fn is_walked(&self) -> bool {
-        self.entry.get().is_some() && self.live() >= self.scan_below
-    }
-
-    /// Measures what a recall takes for `queries` that were asked: from now on no less is done for it (decision 19). False
-    /// if it was not to `go_on`, which is asked before each.
-    pub fn learn(&self, queries: &[Vec<f32>], go_on: GoOn<'_>) -> bool {
+    /// See [`Index::learn`].
+    pub(super) fn learn_from(&self, queries: &[Vec<f32>], go_on: GoOn<'_>) -> bool {
         let (mut scratch, mut found, mut asked) = (Scratch::default(), [0; EFS.len()], 0);
         for query in queries {
             if !go_on() {

@@ -19,7 +19,7 @@ use super::sync::{AtomicU32, AtomicUsize, Mutex, Ordering};
 use crate::hnsw::{Walk, descend, walk_layer};
 use crate::kernels::Prepared;
 use crate::request::{Budget, Candidate, deliver, keep};
-use crate::{Effort, Index, Memory, Neighbor, Params, Request, Scratch, SearchError, Slot, Space, Stats};
+use crate::{Effort, GoOn, Index, Memory, Neighbor, Params, Request, Scratch, SearchError, Slot, Space, Stats};
 
 pub use self::tend::Reach;
 
@@ -308,6 +308,14 @@ impl Index for Mutable {
         answered?;
         deliver(&mut scratch.best, request, out);
         Ok(budget.stats)
+    }
+
+    fn is_walked(&self) -> bool {
+        self.entry.get().is_some() && self.live() >= self.scan_below
+    }
+
+    fn learn(&self, queries: &[Vec<f32>], go_on: GoOn<'_>) -> bool {
+        self.learn_from(queries, go_on)
     }
 
     fn memory(&self) -> Memory {
