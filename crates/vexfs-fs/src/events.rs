@@ -173,6 +173,9 @@ impl Events for IndexEvents {
             Cause::Flush | Cause::Fsync | Cause::Setattr => When::Now,
             Cause::Release => When::Quiet,
         };
+        if matches!(cause, Cause::Flush | Cause::Release) && self.ingest.is_short(file, fd) {
+            return self.ingest.read(file, fd, when).map_err(failed);
+        }
         self.pool.run(|| {
             self.ingest.read(file, fd, when).map_err(failed)?;
             match cause {

@@ -203,6 +203,12 @@ impl Files {
         }
     }
 
+    /// As [`Files::settle_privileges`], for a handle that may have written.
+    fn settle_stranger(&self, handle: &Handle) -> Result<(), Errno> {
+        self.settle_privileges(&handle.node, &mut rustix::fs::fstat(&handle.file)?);
+        Ok(())
+    }
+
     fn take_privileges(&self, node: &Node, stat: &mut Stat) -> Result<(), Errno> {
         let mode = stat.st_mode & 0o7777 & !set_id_bits(stat.st_mode);
         self.nodes.reopener.chmod(&node.fd, Mode::from_raw_mode(mode))?;
@@ -547,7 +553,7 @@ impl Files {
     /// One descriptor of the handle was closed: what it wrote is read now.
     pub fn flush(&self, handle: &Handle) -> Result<(), Errno> {
         if handle.stranger {
-            self.settle_privileges(&handle.node, &mut rustix::fs::fstat(&handle.file)?);
+            self.settle_stranger(handle)?;
         }
         if !handle.matters() {
             return Ok(());
@@ -558,9 +564,8 @@ impl Files {
     /// The last descriptor was closed, the last mapping is gone.
     pub fn release(&self, handle: &Handle) {
         if handle.stranger {
-            match rustix::fs::fstat(&handle.file) {
-                Ok(mut stat) => self.settle_privileges(&handle.node, &mut stat),
-                Err(errno) => log::error!("inode {}: {errno} at release", handle.node.id),
+            if let Err(errno) = self.settle_stranger(handle) {
+                log::error!("inode {}: {errno} at release", handle.node.id);
             }
             if handle.node.strangers.fetch_sub(1, Ordering::AcqRel) == 1 {
                 *handle.node.set_id_since.lock() = None;

@@ -33,6 +33,8 @@ const ASIDE: &[u8] = RESERVED.as_bytes();
 const MAX_CONFIG: u64 = 64 << 10;
 /// A file that changes while it is read is read again this often; then the next close reads it.
 const ATTEMPTS: usize = 3;
+/// Bytes of text that are read where they are asked for: a vector of 4,096 dimensions and more.
+const SHORT: i64 = 64 << 10;
 /// Files are read one at a time by the lowest bits of their number.
 const STRIPES: usize = 64;
 
@@ -125,6 +127,17 @@ impl Ingest {
         }
     }
 
+    /// Does [`Ingest::read`] take so little stack that the request's handler can do it? A thread of the pool has to be woken
+    /// and wakes the handler again, which takes longer than to read one vector.
+    pub fn is_short(&self, file: FileId, fd: BorrowedFd<'_>) -> bool {
+        let Some(link) = self.volume.links(file).into_iter().next() else { return true };
+        let Ok(stat) = rustix::fs::fstat(fd) else { return false };
+        self.is_read(file, &link, fingerprint(&stat))
+            || format_of(&link) == Some(Format::Text)
+                && stat.st_size <= SHORT
+                && self.volume.puts_shortly(link.parent, file)
+    }
+
     /// As [`Ingest::read`], by one of the paths that the volume knows.
     pub fn read_known(&self, file: FileId, when: When) {
         for path in self.volume.paths(file, FileId::ROOT) {
@@ -208,11 +221,7 @@ impl Ingest {
                 Some((known, Content::Refused { errno, reason })) if known == before => {
                     return Err(Refusal { errno: Errno::from_raw_os_error(errno), reason });
                 }
-                Some((known, Content::Indexed { .. } | Content::Empty)) if known == before => {
-                    if !self.misplaced(file, &link) {
-                        return Ok(());
-                    }
-                }
+                Some(_) if self.is_read(file, &link, before) => return Ok(()),
                 Some(_) => {}
                 None => return Ok(()),
             }
@@ -244,6 +253,13 @@ impl Ingest {
         if refusal.may_pass() {
             self.passing.lock().insert(file);
         }
+    }
+
+    /// Is what was read of the file what is there now?
+    fn is_read(&self, file: FileId, link: &Link, now: Fingerprint) -> bool {
+        let content = self.volume.content(file);
+        matches!(content, Some((known, Content::Indexed { .. } | Content::Empty)) if known == now)
+            && !self.misplaced(file, link)
     }
 
     /// Is the file indexed in another collection than its directory's?

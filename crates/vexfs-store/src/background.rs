@@ -141,6 +141,11 @@ impl Background {
         Waiter(self)
     }
 
+    /// Does somebody wait for what is done behind?
+    pub fn is_waited_for(&self) -> bool {
+        self.waiting.load(Ordering::Acquire) > 0
+    }
+
     /// What is held looks again.
     pub fn wake(&self) {
         let _told = self.told.lock();
@@ -151,14 +156,13 @@ impl Background {
     /// that is to be held back; false if the volume ends.
     pub fn go_on(&self, stop: &AtomicBool, bytes: usize) -> bool {
         let stopped = || stop.load(Ordering::Acquire);
-        let waited_for = || self.waiting.load(Ordering::Acquire) > 0;
-        if self.holds.load(Ordering::Acquire) && !waited_for() {
+        if self.holds.load(Ordering::Acquire) && !self.is_waited_for() {
             let mut told = self.told.lock();
             if told.rate > 0 {
                 let takes = Duration::from_secs_f64(bytes as f64 / told.rate as f64);
                 told.even_at = told.even_at.max(Instant::now()) + takes;
             }
-            while !stopped() && !waited_for() {
+            while !stopped() && !self.is_waited_for() {
                 let ahead = match told.rate {
                     0 => Duration::ZERO,
                     _ => told.even_at.saturating_duration_since(Instant::now()),

@@ -1,8 +1,9 @@
 //! A collection in memory: its schema, its parts and the head that takes new points.
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use vexfs_index::{Mutable, Scratch};
+use vexfs_index::{Mutable, Scratch, Slot};
 
 use crate::asked::Asked;
 use crate::catalog::CollectionRow;
@@ -22,7 +23,7 @@ pub const SEAL_BYTES: usize = 64 << 20;
 pub const BULK_ROWS: usize = 8_192;
 /// Pending points of a head beyond which a writer links its own before it goes on. A head is sealed when it has as many,
 /// so that this is met only while one can't be.
-pub const MAX_PENDING: usize = SEAL_POINTS;
+const MAX_PENDING: u64 = SEAL_POINTS as u64;
 
 /// See the module.
 pub struct Collection {
@@ -65,32 +66,19 @@ impl Collection {
         self.parts.load().first().cloned()
     }
 
-    /// Appends a reading's rows to the head, and returns the bytes of memory by which it grew. With `link`, or where too
-    /// many points are pending, they are in its graph when this returns.
-    pub fn append(
-        &self,
-        reading: &Arc<Reading>,
-        generation: Generation,
-        rows: &[u8],
-        link: bool,
-        scratch: &mut Scratch,
-    ) -> usize {
-        let (head, slots, grown) = {
-            let _appending = self.append.lock();
-            let Some(head) = self.head() else { return 0 };
-            let before = head.waiting_bytes();
-            let Some(slots) = head.append(reading, generation, rows) else { return 0 };
-            let grown = head.waiting_bytes() - before;
-            (head, slots, grown)
-        };
-        if let Some(index) = head.as_head()
-            && (link || index.pending() > MAX_PENDING)
-        {
-            for slot in slots {
-                index.link(vexfs_index::Slot(slot), scratch);
-            }
-        }
-        grown
+    /// Appends a reading's rows to the head; `None` if there is none.
+    pub fn append(&self, reading: &Arc<Reading>, generation: Generation, rows: &[u8]) -> Option<Appended> {
+        let _appending = self.append.lock();
+        let head = self.head()?;
+        let before = head.waiting_bytes();
+        let slots = head.append(reading, generation, rows)?;
+        let grown = head.waiting_bytes() - before;
+        Some(Appended { head, slots, grown })
+    }
+
+    /// Are more points pending than may be left to the thread behind?
+    pub fn is_far_behind(&self) -> bool {
+        self.head().is_some_and(|head| head.pending() > MAX_PENDING)
     }
 
     /// Is the head to be sealed: for its points, for these bytes, or for the dead?
@@ -109,6 +97,23 @@ impl Collection {
     /// Points whose reading has not ended.
     pub fn live_points(&self) -> u64 {
         self.parts.load().iter().map(|part| part.live_points()).sum()
+    }
+}
+
+/// Rows that were appended to a head.
+pub struct Appended {
+    head: Arc<Part>,
+    slots: Range<u32>,
+    /// Bytes of memory by which the head grew.
+    pub grown: usize,
+}
+
+impl Appended {
+    /// Puts the rows into the head's graph.
+    pub fn link(self, scratch: &mut Scratch) {
+        if let Some(index) = self.head.as_head() {
+            self.slots.for_each(|slot| index.link(Slot(slot), scratch));
+        }
     }
 }
 

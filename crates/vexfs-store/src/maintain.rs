@@ -28,6 +28,8 @@ const COMMIT_EVERY: Duration = Duration::from_secs(2);
 const SYNC_SOURCE_EVERY: Duration = Duration::from_secs(30);
 /// How long work may lie when nobody woke the threads.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// How long points may wait to be linked where no search is quicker for it.
+const LINK_WITHIN: Duration = Duration::from_secs(1);
 /// How often it is looked whether collections were asked enough to learn from it.
 const LEARN_EVERY: Duration = Duration::from_secs(2);
 /// Segments of one size class that are merged into one.
@@ -136,7 +138,12 @@ fn link_loop(inner: &Inner) {
         for collection in collections {
             // The head alone: what was frozen gets a graph of its own when it is sealed.
             let head = collection.head();
-            let Some(index) = head.as_ref().and_then(|head| head.as_head()) else { continue };
+            let Some((head, index)) = head.as_ref().and_then(|head| Some((head, head.as_head()?))) else { continue };
+            // Who stores files needs the cores now; what is gone by then is never linked.
+            let waited = || head.oldest_pending().is_none_or(|since| since.elapsed() >= LINK_WITHIN);
+            if index.is_small() && !inner.background.is_waited_for() && !waited() {
+                continue;
+            }
             let mut slot = index.first_pending().0;
             while index.pending() > 0
                 && slot < index.len() as u32

@@ -334,6 +334,16 @@ impl Part {
         }
     }
 
+    /// What was appended to a head last.
+    pub fn newest_reading(&self) -> Option<&Arc<Reading>> {
+        match &self.store {
+            Store::Head(head) => {
+                head.readings.get(head.readings.count().checked_sub(1)?).map(|waiting| &waiting.reading)
+            }
+            Store::Flat { .. } | Store::Sealed { .. } => None,
+        }
+    }
+
     /// Points whose reading has not ended.
     pub fn live_points(&self) -> u64 {
         self.readings().filter(|reading| !reading.ended()).map(|r| u64::from(r.rows)).sum()

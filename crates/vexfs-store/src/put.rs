@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use vexfs_index::{Bytes, Element, Flat, Space, VectorError};
+use vexfs_index::{Bytes, Element, Flat, Mutable, Space, VectorError};
 
 use crate::catalog::{CollectionRow, Content, Fingerprint};
 use crate::collection::{BULK_ROWS, Collection};
@@ -87,6 +87,21 @@ impl Volume {
         }
     }
 
+    /// Will a file of this directory that brings a row make no collection and no head, link nothing and wait for nothing?
+    /// Then [`Volume::prepare`] and [`Volume::put`] take little stack.
+    pub fn puts_shortly(&self, dir: FileId, file: FileId) -> bool {
+        let inner = &*self.inner;
+        inner.sync_mode() == SyncMode::Lazy
+            && inner.came.load(Ordering::Acquire) < inner.budget.head / 8
+            && inner.nearest(dir).is_some_and(|collection| {
+                // The dimension is another's too.
+                let newest = collection.head().and_then(|head| head.newest_reading().cloned());
+                newest.is_some_and(|reading| reading.file != file && !reading.ended())
+                    && !collection.is_far_behind()
+                    && !collection.head_is_full(inner.budget.head)
+            })
+    }
+
     /// Replaces a file's vectors by `rows` (encoded for the target's space). A search sees the old ones until
     /// this returns, the new ones afterwards. False if the file is gone meanwhile or a newer reading was faster.
     pub fn put(
@@ -121,9 +136,12 @@ impl Volume {
             inner.exchange_parts(collection, parts);
         } else {
             let link = inner.sync_mode() == SyncMode::Immediate && !target.behind;
-            let grown =
-                inner.with_scratch(|scratch| collection.append(&reading, generation, rows.bytes(), link, scratch));
-            inner.came.fetch_add(grown, Ordering::AcqRel);
+            if let Some(appended) = collection.append(&reading, generation, rows.bytes()) {
+                inner.came.fetch_add(appended.grown, Ordering::AcqRel);
+                if link || collection.is_far_behind() {
+                    inner.with_scratch(|scratch| appended.link(scratch));
+                }
+            }
         }
 
         let mut writer = inner.writer.lock();
@@ -135,7 +153,9 @@ impl Volume {
             writer.dirty_collections.insert(collection.id);
         }
         drop(writer);
-        inner.wake();
+        if !collection.head().is_some_and(|head| head.as_head().is_some_and(Mutable::is_small)) {
+            inner.wake();
+        }
         Ok(published)
     }
 

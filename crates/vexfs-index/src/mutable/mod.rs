@@ -311,7 +311,7 @@ impl Index for Mutable {
     }
 
     fn is_walked(&self) -> bool {
-        self.entry.get().is_some() && self.live() >= self.scan_below
+        self.entry.get().is_some() && !self.is_small()
     }
 
     fn learn(&self, queries: &[Vec<f32>], go_on: GoOn<'_>) -> bool {
@@ -326,6 +326,11 @@ impl Index for Mutable {
 }
 
 impl Mutable {
+    /// Are there so few points that a search compares with each, linked or not?
+    pub fn is_small(&self) -> bool {
+        self.live() < self.scan_below
+    }
+
     fn answer(
         &self,
         query: &Prepared,
@@ -339,7 +344,7 @@ impl Mutable {
         let (entry, live) = (self.entry.get(), self.live());
         if let Some(entry) = entry
             && !exact
-            && live >= self.scan_below
+            && !self.is_small()
             && share.is_none_or(|share| share >= SCAN_SELECTIVITY)
         {
             if let Some(share) = share {

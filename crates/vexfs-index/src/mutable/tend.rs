@@ -44,7 +44,7 @@ impl Mutable {
         }
         let linked = self.linked.load(Ordering::SeqCst);
         let grown = linked - tended.mended >= (self.live() / MEND).max(self.scan_below / MEND);
-        if self.live() >= self.scan_below && (swept || grown) {
+        if !self.is_small() && (swept || grown) {
             tended.mended = linked;
             self.mend(scratch);
         }

@@ -182,7 +182,7 @@ fn unseen(volume: &Volume, file: FileId, link: Link) -> State {
     let id = volume.nearest_collection(FileId::ROOT).unwrap();
     let collection = inner.collections.read().get(&id).cloned().unwrap();
     let (reading, generation) = (Reading::unborn(file, 1), Generation(99));
-    inner.with_scratch(|scratch| collection.append(&reading, generation, &row, false, scratch));
+    collection.append(&reading, generation, &row);
     State::Indexed { collection: id, generation, reading }
 }
 
@@ -256,7 +256,7 @@ fn what_is_not_published_yet_is_not_counted() {
     let mut bytes = Vec::new();
     schema.space.encode(&[2.0, 1.0], &mut bytes).unwrap();
     let unborn = Reading::unborn(FileId(10), 1);
-    volume.inner.with_scratch(|scratch| collection.append(&unborn, Generation(99), &bytes, false, scratch));
+    collection.append(&unborn, Generation(99), &bytes);
     assert_eq!(volume.report(FileId::ROOT).collections[0].points, 1);
     unborn.bear(volume.inner.version.load(Ordering::Acquire));
     assert_eq!(volume.report(FileId::ROOT).collections[0].points, 2);
