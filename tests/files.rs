@@ -35,6 +35,36 @@ fn bytes_written_are_bytes_read_and_lie_in_the_source() {
     assert!(fs::read(v.path("big.bin")).unwrap().ends_with(b"end"));
 }
 
+/// Closing is told asynchronously, and may be answered before the open that it ends is done.
+#[test]
+fn no_backing_file_is_left_when_all_files_are_closed() {
+    let Some(v) = Volume::new(&[]) else { return };
+    if skip(!is_root(), "passthrough needs root") {
+        return;
+    }
+    for n in 0..100 {
+        v.write(&format!("{n}.bin"), "bytes");
+    }
+    let held = File::open(v.path("0.bin")).unwrap();
+    assert_ne!(v.stats("")["backed"], 0);
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let v = &v;
+            scope.spawn(move || {
+                for n in 0..2_500 {
+                    drop(File::open(v.path(&format!("{}.bin", (n * 7 + thread) % 100))).unwrap());
+                }
+            });
+        }
+    });
+    drop(held);
+    let mut tries = 0..1_000;
+    while v.stats("")["backed"] != 0 {
+        assert!(tries.next().is_some(), "{}", v.stats("")["backed"]);
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+}
+
 #[test]
 #[allow(unsafe_code)]
 fn a_mapping_is_coherent_with_reads_and_writes() {

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -48,6 +48,8 @@ struct Backing {
     id: BackingId,
     inode: u64,
     all: Arc<Backings>,
+    /// How many there are.
+    count: Arc<AtomicUsize>,
 }
 
 impl Drop for Backing {
@@ -57,6 +59,7 @@ impl Drop for Backing {
         // Another one may be in its place.
         if all.get(&self.inode).is_some_and(|known| known.strong_count() == 0) {
             all.remove(&self.inode);
+            self.count.store(all.len(), Ordering::Relaxed);
         }
     }
 }
@@ -245,8 +248,10 @@ impl Fuse {
         match open(handle) {
             Ok(id) => {
                 *self.views.io.lock() = "passthrough";
-                let new = Arc::new(Backing { id, inode: handle.node.id, all: Arc::clone(&self.backing) });
+                let (all, count) = (Arc::clone(&self.backing), Arc::clone(&self.views.backed));
+                let new = Arc::new(Backing { id, inode: handle.node.id, all, count });
                 backing.insert(new.inode, Arc::downgrade(&new));
+                self.views.backed.store(backing.len(), Ordering::Relaxed);
                 Some(new)
             }
             Err(error) => {

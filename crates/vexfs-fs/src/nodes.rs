@@ -7,10 +7,11 @@
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 use std::thread::Thread;
 use std::time::Duration;
 
@@ -49,6 +50,8 @@ pub struct Node {
     pub strangers: AtomicU32,
     /// The modification time up to which the file's set-id bits are rightly there, while strangers may write.
     pub set_id_since: Mutex<Option<(i64, u64)>>,
+    /// By which it was last opened for writing, while that is open.
+    pub written_by: Mutex<Weak<File>>,
 }
 
 /// See the module.
@@ -112,6 +115,7 @@ impl Nodes {
             writers: AtomicU32::new(0),
             strangers: AtomicU32::new(0),
             set_id_since: Mutex::new(None),
+            written_by: Mutex::default(),
         }
     }
 

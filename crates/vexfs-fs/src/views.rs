@@ -15,6 +15,7 @@ use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 use rustix::io::Errno;
@@ -131,6 +132,8 @@ pub struct Views {
     facts: MountFacts,
     /// `passthrough` or `page cache`; decided at the first open.
     pub io: Mutex<&'static str>,
+    /// Files that the kernel has a backing file of.
+    pub backed: Arc<AtomicUsize>,
     table: Mutex<Table>,
     open: RwLock<HashMap<u64, Arc<Mutex<Open>>>>,
     next_handle: Mutex<u64>,
@@ -147,6 +150,7 @@ impl Views {
             nodes,
             facts,
             io: Mutex::new("undecided"),
+            backed: Arc::default(),
             table: Mutex::default(),
             open: RwLock::default(),
             next_handle: Mutex::new(0),
@@ -449,9 +453,10 @@ impl Views {
             "state": self.facts.state,
             "pid": std::process::id(),
             "io": *self.io.lock(),
+            "backed": self.backed.load(Ordering::Relaxed),
             "strict": self.facts.strict,
             "beneath": *self.ingest.beneath.lock(),
-            "panics": handling::PANICS.load(std::sync::atomic::Ordering::Relaxed),
+            "panics": handling::PANICS.load(Ordering::Relaxed),
             "stack": handling::stacks(),
             "version": env!("CARGO_PKG_VERSION"),
         });
