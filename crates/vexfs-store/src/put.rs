@@ -92,7 +92,7 @@ impl Volume {
     pub fn puts_shortly(&self, dir: FileId, file: FileId) -> bool {
         let inner = &*self.inner;
         inner.sync_mode() == SyncMode::Lazy
-            && inner.came.load(Ordering::Acquire) < inner.budget.head / 8
+            && !inner.much_came()
             && inner.nearest(dir).is_some_and(|collection| {
                 // The dimension is another's too.
                 let newest = collection.head().and_then(|head| head.newest_reading().cloned());
@@ -153,6 +153,7 @@ impl Volume {
             writer.dirty_collections.insert(collection.id);
         }
         drop(writer);
+        // A small head is linked when the thread that links looks by itself.
         if !collection.head().is_some_and(|head| head.as_head().is_some_and(Mutable::is_small)) {
             inner.wake();
         }
@@ -289,8 +290,7 @@ impl Inner {
     /// Back pressure, by who brings more: has the largest heads sealed while all are too large, and waits while too much is
     /// unsealed. Not for a disk that refuses: then the points stay in memory, and are found.
     fn make_room(&self) {
-        // To look at all collections for each file would be too slow where they are many.
-        if self.came.load(Ordering::Acquire) < self.budget.head / 8 {
+        if !self.much_came() {
             return;
         }
         self.came.store(0, Ordering::Release);
@@ -303,6 +303,12 @@ impl Inner {
         {
             std::thread::sleep(ROOM_STEP);
         }
+    }
+
+    /// Has so much come that room is to be looked for? To look at all collections for each file would be too slow where
+    /// they are many.
+    fn much_came(&self) -> bool {
+        self.came.load(Ordering::Acquire) >= self.budget.head / 8
     }
 
     /// Bytes that wait to be sealed, heads aside. Not of a collection that is gone, which nobody seals.
