@@ -1,5 +1,6 @@
 //! Rows without a graph: every search is an exact scan.
 
+use crate::graph::Nodes;
 use crate::kernels::Prepared;
 use crate::request::{Budget, deliver, scan};
 use crate::{Index, Memory, Neighbor, Region, Request, Scratch, SearchError, Slot, Space, Stats};
@@ -51,9 +52,10 @@ impl Index for Flat {
         let query = Prepared::again(scratch.exact.take(), &self.space, query);
         let mut budget = Budget::new(request);
         scratch.best.clear();
-        let distance = |node: u32| query.distance(self.row(Slot(node)));
-        let allowed = (0..self.len() as u32).filter(|node| request.allows(*node));
-        let scanned = scan(allowed, distance, request.k, &mut budget, &mut scratch.best);
+        let allowed = |node: u32| request.allows(node);
+        let mut nodes = Nodes::Passing(0..self.len() as u32, &allowed);
+        let Scratch { best, links, .. } = &mut *scratch;
+        let scanned = scan(&mut nodes, |node| self.row(Slot(node)), &query, request.k, (links, best), &mut budget);
         scratch.exact = Some(query);
         scanned?;
         deliver(&mut scratch.best, request, out);

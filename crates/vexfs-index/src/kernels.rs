@@ -1,8 +1,8 @@
 //! Distance kernels.
 //!
-//! Each kernel is written once as a plain loop over fixed lanes and compiled for several instruction sets; which one
-//! runs is decided once, at run time. Sums over codes and over halves are the exceptions, written by hand: no loop is
-//! compiled into VNNI's instruction, which is worth 2 to 4 times, or into the one that widens halves.
+//! Each kernel is written once as a plain loop and compiled for several instruction sets; which one runs is decided
+//! once, at run time. Sums over codes and over halves are the exceptions on x86, written by hand: no loop is compiled
+//! into VNNI's instruction, which is worth 2 to 4 times, or into the one that widens halves.
 #![allow(unsafe_code)]
 
 pub mod bits;
@@ -17,72 +17,88 @@ use crate::space::{Element, Metric, Space, pack};
 #[cfg(test)]
 mod tests;
 
+/// Sums of terms; `FUSED` where the machine multiplies and adds in one instruction.
 #[inline(always)]
-fn sum_f32(x: &[u8], row: &[u8], term: impl Fn(f32, f32) -> f32) -> f32 {
+fn sum_f32<const FUSED: bool>(x: &[u8], row: &[u8], factors: impl Fn(f32, f32) -> (f32, f32)) -> f32 {
     const LANES: usize = 32;
     let (xs, rows) = (x.as_chunks::<4>().0, row.as_chunks::<4>().0);
+    let add = |sum: f32, x: [u8; 4], row: [u8; 4]| {
+        let (a, b) = factors(f32::from_le_bytes(x), f32::from_le_bytes(row));
+        if FUSED { a.mul_add(b, sum) } else { sum + a * b }
+    };
     let mut lanes = [0f32; LANES];
     let n = xs.len().min(rows.len());
     let whole = n / LANES * LANES;
     for (x, row) in xs[..whole].chunks_exact(LANES).zip(rows[..whole].chunks_exact(LANES)) {
         for lane in 0..LANES {
-            lanes[lane] += term(f32::from_le_bytes(x[lane]), f32::from_le_bytes(row[lane]));
+            lanes[lane] = add(lanes[lane], x[lane], row[lane]);
         }
     }
-    let mut sum: f32 = lanes.iter().sum();
-    for (x, row) in xs[whole..n].iter().zip(&rows[whole..n]) {
-        sum += term(f32::from_le_bytes(*x), f32::from_le_bytes(*row));
-    }
-    sum
-}
-
-/// Sums of integer terms; blocks keep the 32-bit lanes from overflowing.
-#[inline(always)]
-fn sum_int(x: &[u8], row: &[u8], widen: impl Fn(u8) -> i16, term: impl Fn(i32, i32) -> i32) -> i64 {
-    const LANES: usize = 32;
-    // 255² × 4096 stays far below 2³¹.
-    const BLOCK: usize = 4096;
-    let mut total = 0i64;
-    for (x, row) in x.chunks(BLOCK).zip(row.chunks(BLOCK)) {
-        let mut lanes = [0i32; LANES];
-        let whole = x.len().min(row.len()) / LANES * LANES;
-        for (x, row) in x[..whole].chunks_exact(LANES).zip(row[..whole].chunks_exact(LANES)) {
-            for lane in 0..LANES {
-                lanes[lane] += term(i32::from(widen(x[lane])), i32::from(widen(row[lane])));
-            }
-        }
-        total += i64::from(lanes.iter().sum::<i32>());
-        for (x, row) in x[whole..].iter().zip(&row[whole..]) {
-            total += i64::from(term(i32::from(widen(*x)), i32::from(widen(*row))));
-        }
-    }
-    total
+    xs[whole..n].iter().zip(&rows[whole..n]).fold(lanes.iter().sum(), |sum, (x, row)| add(sum, *x, *row))
 }
 
 #[inline(always)]
-fn dot_f32_body(x: &[u8], row: &[u8]) -> f32 {
-    sum_f32(x, row, |a, b| a * b)
+fn dot_f32_body<const FUSED: bool>(x: &[u8], row: &[u8]) -> f32 {
+    sum_f32::<FUSED>(x, row, |a, b| (a, b))
 }
 #[inline(always)]
-fn l2_f32_body(x: &[u8], row: &[u8]) -> f32 {
-    sum_f32(x, row, |a, b| (a - b) * (a - b))
+fn l2_f32_body<const FUSED: bool>(x: &[u8], row: &[u8]) -> f32 {
+    sum_f32::<FUSED>(x, row, |a, b| (a - b, a - b))
 }
+
+/// Sums of products of bytes' factors, as an i32 in a u32's bits where they are signed: at most 255² × 65,536, which a
+/// u32 holds.
+#[inline(always)]
+fn sum_bytes(x: &[u8], row: &[u8], factors: impl Fn(u8, u8) -> (i16, i16)) -> u32 {
+    const LANES: usize = 16;
+    let term = |x: u8, row: u8| {
+        let (a, b) = factors(x, row);
+        (i32::from(a) * i32::from(b)) as u32
+    };
+    if cfg!(target_arch = "aarch64") {
+        // What is compiled into a dot product of bytes.
+        return x.iter().zip(row).fold(0, |sum: u32, (x, row)| sum.wrapping_add(term(*x, *row)));
+    }
+    let n = x.len().min(row.len());
+    let ((x, x_tail), (row, row_tail)) = (x[..n].as_chunks::<{ 2 * LANES }>(), row[..n].as_chunks::<{ 2 * LANES }>());
+    let mut lanes = [0u32; LANES];
+    for (x, row) in x.iter().zip(row) {
+        for lane in 0..LANES {
+            // Two terms a lane: what is compiled into `pmaddwd`.
+            let two = term(x[lane], row[lane]).wrapping_add(term(x[LANES + lane], row[LANES + lane]));
+            lanes[lane] = lanes[lane].wrapping_add(two);
+        }
+    }
+    let tail = x_tail.iter().zip(row_tail).map(|(x, row)| term(*x, *row));
+    tail.chain(lanes).fold(0, u32::wrapping_add)
+}
+
 #[inline(always)]
 fn dot_u8_body(x: &[u8], row: &[u8]) -> i64 {
-    sum_int(x, row, i16::from, |a, b| a * b)
-}
-#[inline(always)]
-fn l2_u8_body(x: &[u8], row: &[u8]) -> i64 {
-    sum_int(x, row, i16::from, |a, b| (a - b) * (a - b))
+    sum_bytes(x, row, |a, b| (a.into(), b.into())).into()
 }
 #[inline(always)]
 fn dot_i8_body(x: &[u8], row: &[u8]) -> i64 {
-    sum_int(x, row, |b| i16::from(b as i8), |a, b| a * b)
+    (sum_bytes(x, row, |a, b| ((a as i8).into(), (b as i8).into())) as i32).into()
+}
+// NEON's differences of bytes are bytes without a sign.
+#[inline(always)]
+fn l2_u8_body(x: &[u8], row: &[u8]) -> i64 {
+    let apart = |a: u8, b: u8| match cfg!(target_arch = "aarch64") {
+        true => i16::from(a.max(b) - a.min(b)),
+        false => i16::from(a) - i16::from(b),
+    };
+    sum_bytes(x, row, |a, b| (apart(a, b), apart(a, b))).into()
 }
 #[inline(always)]
 fn l2_i8_body(x: &[u8], row: &[u8]) -> i64 {
-    sum_int(x, row, |b| i16::from(b as i8), |a, b| (a - b) * (a - b))
+    let apart = |a: i8, b: i8| match cfg!(target_arch = "aarch64") {
+        true => i16::from(a.abs_diff(b)),
+        false => i16::from(a) - i16::from(b),
+    };
+    sum_bytes(x, row, |a, b| (apart(a as i8, b as i8), apart(a as i8, b as i8))).into()
 }
+
 /// The kernels of one instruction set.
 pub struct Kernels {
     name: &'static str,
@@ -96,17 +112,17 @@ pub struct Kernels {
 }
 
 macro_rules! variant {
-    ($module:ident, $name:literal, $features:literal) => {
+    ($module:ident, $name:literal, $features:literal, $halves:ident) => {
         mod $module {
             use super::*;
 
             #[target_feature(enable = $features)]
             fn dot_f32(x: &[u8], row: &[u8]) -> f32 {
-                dot_f32_body(x, row)
+                dot_f32_body::<true>(x, row)
             }
             #[target_feature(enable = $features)]
             fn l2_f32(x: &[u8], row: &[u8]) -> f32 {
-                l2_f32_body(x, row)
+                l2_f32_body::<true>(x, row)
             }
             #[target_feature(enable = $features)]
             fn dot_u8(x: &[u8], row: &[u8]) -> i64 {
@@ -126,20 +142,24 @@ macro_rules! variant {
             }
 
             pub(super) static KERNELS: Kernels =
-                Kernels { name: $name, dot_f32, l2_f32, dot_u8, l2_u8, dot_i8, l2_i8, halves: halves::$module::HALVES };
+                Kernels { name: $name, dot_f32, l2_f32, dot_u8, l2_u8, dot_i8, l2_i8, halves: halves::$halves::HALVES };
         }
     };
 }
 
 #[cfg(target_arch = "x86_64")]
-variant!(avx512, "avx512-vnni", "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c");
+variant!(avx512, "avx512-vnni", "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c", avx512);
 #[cfg(target_arch = "x86_64")]
-variant!(avx2, "avx2", "avx2,fma,f16c");
+variant!(avx2, "avx2", "avx2,fma,f16c", avx2);
+#[cfg(target_arch = "aarch64")]
+variant!(dotprod, "neon-dotprod", "neon,dotprod", neon);
+#[cfg(target_arch = "aarch64")]
+variant!(neon, "neon", "neon", neon);
 
 static SCALAR: Kernels = Kernels {
     name: "scalar",
-    dot_f32: dot_f32_body,
-    l2_f32: l2_f32_body,
+    dot_f32: dot_f32_body::<false>,
+    l2_f32: l2_f32_body::<false>,
     dot_u8: dot_u8_body,
     l2_u8: l2_u8_body,
     dot_i8: dot_i8_body,
@@ -167,6 +187,15 @@ fn available() -> Vec<&'static Kernels> {
             all.push(&avx2::KERNELS);
         }
     }
+    #[cfg(target_arch = "aarch64")]
+    {
+        if std::arch::is_aarch64_feature_detected!("dotprod") {
+            all.push(&dotprod::KERNELS);
+        }
+        if std::arch::is_aarch64_feature_detected!("neon") {
+            all.push(&neon::KERNELS);
+        }
+    }
     all.push(&SCALAR);
     all
 }
@@ -184,28 +213,35 @@ pub fn name() -> &'static str {
 /// Asks for a cache line ahead of its use; any address will do.
 #[inline(always)]
 pub fn prefetch(bytes: &[u8], at: usize) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        let pointer = bytes.as_ptr().wrapping_add(at);
-        // SAFETY: a prefetch never faults, whatever the address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(pointer.cast()) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (bytes, at);
+    ask_for(bytes.as_ptr().wrapping_add(at));
 }
 
 /// Asks for the cache line of a word ahead of its use.
 #[inline(always)]
 pub fn prefetch_word(words: &[std::sync::atomic::AtomicU32], at: usize) {
+    ask_for(words.as_ptr().wrapping_add(at).cast());
+}
+
+/// Asks for the cache lines of a row ahead of its use; the later ones of a long row are fetched by the machine itself.
+#[inline(always)]
+pub fn prefetch_row(row: &[u8]) {
+    (0..row.len().min(1024)).step_by(64).for_each(|at| prefetch(row, at));
+}
+
+#[inline(always)]
+fn ask_for(at: *const u8) {
+    // SAFETY (both): a prefetch never faults, whatever the address.
     #[cfg(target_arch = "x86_64")]
-    {
+    unsafe {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a prefetch never faults, whatever the address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(words.as_ptr().wrapping_add(at).cast()) };
+        _mm_prefetch::<_MM_HINT_T0>(at.cast());
     }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (words, at);
+    #[cfg(target_arch = "aarch64")]
+    unsafe {
+        std::arch::asm!("prfm pldl1keep, [{at}]", at = in(reg) at, options(nostack, preserves_flags, readonly));
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let _ = at;
 }
 
 /// Distance between two rows of a space.

@@ -5,6 +5,8 @@ use std::collections::BinaryHeap;
 use std::time::Instant;
 
 use crate::Slot;
+use crate::graph::Nodes;
+use crate::kernels::{Prepared, prefetch_row};
 
 /// How hard a walk tries.
 #[derive(Copy, Clone, Debug, PartialEq)]
@@ -198,7 +200,7 @@ pub struct Scratch {
     pub(crate) query: crate::codes::CodedQuery,
     pub(crate) values: Vec<f32>,
     /// The last query, for its memory.
-    pub(crate) exact: Option<crate::kernels::Prepared>,
+    pub(crate) exact: Option<Prepared>,
 }
 
 impl Scratch {
@@ -363,17 +365,26 @@ pub(crate) fn keep(best: &mut BinaryHeap<Candidate>, k: usize, candidate: Candid
     }
 }
 
-/// Exact scan of `slots`: the `k` nearest, into `best`.
-pub(crate) fn scan(
-    slots: impl Iterator<Item = u32>,
-    distance: impl Fn(u32) -> f32,
+/// Rows asked for ahead of their use.
+pub(crate) const ASKED: usize = 6;
+
+/// Exact scan of `nodes`, some of which are read into `batch` at a time: the `k` nearest, into `best`.
+pub(crate) fn scan<'a>(
+    nodes: &mut Nodes<'_>,
+    row: impl Fn(u32) -> &'a [u8],
+    query: &Prepared,
     k: usize,
+    (batch, best): (&mut Vec<u32>, &mut BinaryHeap<Candidate>),
     budget: &mut Budget<'_>,
-    best: &mut BinaryHeap<Candidate>,
 ) -> Result<(), SearchError> {
-    for node in slots {
-        budget.spend(1)?;
-        keep(best, k, Candidate { distance: distance(node), node });
+    while nodes.next(batch) {
+        for (at, node) in batch.iter().enumerate() {
+            if let Some(later) = batch.get(at + ASKED) {
+                prefetch_row(row(*later));
+            }
+            budget.spend(1)?;
+            keep(best, k, Candidate { distance: query.distance(row(*node)), node: *node });
+        }
     }
     Ok(())
 }

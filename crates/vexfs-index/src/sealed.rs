@@ -11,7 +11,7 @@ use crate::build::{GoOn, measure};
 use crate::codes::{Coder, Keyed, Width, ordered, unordered};
 use crate::graph::{Beam, Coded, Graph, Keys, MOST_NODES, Nodes, Pool, entry_key, entry_node};
 use crate::hnsw::MAX_LAYER;
-use crate::kernels::{Prepared, prefetch};
+use crate::kernels::{Prepared, prefetch_row};
 use crate::raw::{Huge, Words};
 use crate::request::{Budget, Candidate, deliver, has_bit, keep, scan};
 use crate::{
@@ -435,9 +435,7 @@ impl Walker<'_> {
 
     /// Asks for a row ahead of its use.
     fn ask(&self, node: u32) {
-        let size = self.space.row_bytes();
-        let start = self.input(node) as usize * size;
-        (0..size.min(1024)).step_by(64).for_each(|at| prefetch(self.rows, start + at));
+        prefetch_row(self.row(node));
     }
 
     /// The `k` nearest by their full vectors of the `ef` nearest that the plan finds, into `scratch.best`.
@@ -653,13 +651,10 @@ impl Sealed {
                 }
             }
             _ => {
-                let distance = |node: u32| exact.distance(self.row(Slot(node)));
                 let allowed = |node: u32| request.allows(node);
                 let mut these = self.these(request.filter.and_then(|filter| filter.bits()), &allowed);
-                let Scratch { best, links: batch, .. } = scratch;
-                while these.next(batch) {
-                    scan(batch.iter().copied(), distance, request.k, &mut budget, best)?;
-                }
+                let Scratch { best, links, .. } = scratch;
+                scan(&mut these, |node| self.row(Slot(node)), exact, request.k, (links, best), &mut budget)?;
             }
         }
         Ok(budget.stats)

@@ -33,6 +33,10 @@ impl BitKernels {
                 all.push(BitKernels { name: "avx2", one: avx2::one, many: avx2::many });
             }
         }
+        #[cfg(target_arch = "aarch64")]
+        if std::arch::is_aarch64_feature_detected!("dotprod") {
+            all.push(BitKernels { name: "neon-dotprod", one: dotprod::one, many: dotprod::many });
+        }
         all.push(SCALAR);
         all
     }
@@ -114,6 +118,18 @@ mod avx2 {
     #[target_feature(enable = "avx2,popcnt")]
     pub(super) fn one(one: &[u8], other: &[u8]) -> u32 {
         super::words(one, other)
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+mod dotprod {
+    super::many!(many, one, super::as_long, "neon,dotprod");
+
+    /// Compiled into counts of each byte and their sums by `udot`.
+    #[inline]
+    #[target_feature(enable = "neon,dotprod")]
+    pub(super) fn one(one: &[u8], other: &[u8]) -> u32 {
+        one.iter().zip(other).map(|(a, b)| (a ^ b).count_ones()).sum()
     }
 }
 

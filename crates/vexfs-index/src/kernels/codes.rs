@@ -46,7 +46,11 @@ impl CodeKernels {
                 all.push(CodeKernels { name: "avx2", squares: avx2::squares, products: avx2::products });
             }
         }
-        all.push(CodeKernels { name: "scalar", squares: scalar::squares, products: scalar::products });
+        #[cfg(target_arch = "aarch64")]
+        if std::arch::is_aarch64_feature_detected!("dotprod") {
+            all.push(CodeKernels { name: "neon-dotprod", squares: dotprod::squares, products: dotprod::products });
+        }
+        all.push(SCALAR);
         all
     }
 
@@ -63,13 +67,12 @@ impl CodeKernels {
     }
 }
 
+const SCALAR: CodeKernels = CodeKernels { name: "scalar", squares: scalar::squares, products: scalar::products };
+
 /// The best of this machine.
 pub fn best() -> &'static CodeKernels {
     static BEST: OnceLock<CodeKernels> = OnceLock::new();
-    BEST.get_or_init(|| {
-        let scalar = CodeKernels { name: "scalar", squares: scalar::squares, products: scalar::products };
-        CodeKernels::available().into_iter().next().unwrap_or(scalar)
-    })
+    BEST.get_or_init(|| CodeKernels::available().into_iter().next().unwrap_or(SCALAR))
 }
 
 /// Asks for record `id` of `len` bytes ahead of its use.
@@ -229,21 +232,38 @@ mod avx2 {
 }
 
 mod scalar {
+    use super::{products_one, squares_one};
+
     many!(squares, squares_one, super::as_long);
     many!(products, products_one, super::as_long);
+}
 
-    #[inline]
-    fn squares_one(query: &[u8], codes: &[u8]) -> u32 {
-        query.iter().zip(codes).fold(0u32, |sum, (q, c)| {
-            let apart = u32::from(q.abs_diff(*c));
-            sum.wrapping_add(apart * apart)
-        })
-    }
+/// The same sums, compiled into NEON's dot products of bytes.
+#[cfg(target_arch = "aarch64")]
+mod dotprod {
+    use super::{products_one, squares_one};
 
-    #[inline]
-    fn products_one(query: &[u8], codes: &[u8]) -> u32 {
-        query.iter().zip(codes).fold(0i32, |sum, (q, c)| sum.wrapping_add(i32::from(*q as i8) * i32::from(*c))) as u32
-    }
+    many!(squares, squares_one, super::as_long, "neon,dotprod");
+    many!(products, products_one, super::as_long, "neon,dotprod");
+}
+
+/// Kept in bytes until it is squared: what compilers know as `uabd` and `udot`.
+#[inline(always)]
+pub(super) fn squares_one(query: &[u8], codes: &[u8]) -> u32 {
+    query.iter().zip(codes).fold(0u32, |sum, (q, c)| {
+        let apart = q.max(c) - q.min(c);
+        sum.wrapping_add(u32::from(apart) * u32::from(apart))
+    })
+}
+
+/// Codes less 128 are signed bytes as the query's are: what compilers know as `sdot`.
+#[inline(always)]
+pub(super) fn products_one(query: &[u8], codes: &[u8]) -> u32 {
+    let (sum, queries) = query.iter().zip(codes).fold((0i32, 0i32), |(sum, queries), (q, c)| {
+        let (q, c) = (i32::from(*q as i8), i32::from((c ^ 0x80) as i8));
+        (sum.wrapping_add(q * c), queries.wrapping_add(q))
+    });
+    sum.wrapping_add(128 * queries) as u32
 }
 
 #[cfg(test)]

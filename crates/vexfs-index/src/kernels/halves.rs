@@ -36,12 +36,12 @@ fn scalar<const WIDE: bool, const SQUARES: bool>(x: &[u8], row: &[u8]) -> f32 {
     lanes.iter().sum()
 }
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! halves {
-    ($module:ident, $features:literal, $lanes:literal, $load:ident, $widen:ident, $floats:ident, $zero:ident, $sub:ident,
+    ($module:ident, $from:path, $features:literal, $lanes:literal, $load:ident, $widen:ident, $floats:ident, $zero:ident, $sub:ident,
      $fma:ident, $add:ident) => {
         pub mod $module {
-            use std::arch::x86_64::*;
+            use $from::*;
 
             use super::Halves;
 
@@ -95,6 +95,7 @@ macro_rules! halves {
 #[cfg(target_arch = "x86_64")]
 halves!(
     avx512,
+    std::arch::x86_64,
     "avx512f,avx512bw,avx512vl,f16c,fma",
     16,
     _mm256_loadu_si256,
@@ -108,6 +109,7 @@ halves!(
 #[cfg(target_arch = "x86_64")]
 halves!(
     avx2,
+    std::arch::x86_64,
     "avx2,fma,f16c",
     8,
     _mm_loadu_si128,
@@ -118,3 +120,33 @@ halves!(
     _mm256_fmadd_ps,
     _mm256_add_ps
 );
+#[cfg(target_arch = "aarch64")]
+halves!(neon, super::of_neon, "neon", 4, load, widen, vld1q_f32, zero, vsubq_f32, fma, vaddq_f32);
+
+/// NEON's instructions in the shape of the others'.
+#[cfg(target_arch = "aarch64")]
+mod of_neon {
+    pub use std::arch::aarch64::*;
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    pub unsafe fn load(halves: *const u16) -> float16x4_t {
+        // SAFETY: the caller's four halves.
+        vreinterpret_f16_u16(unsafe { vld1_u16(halves) })
+    }
+    #[inline]
+    #[target_feature(enable = "neon")]
+    pub fn widen(halves: float16x4_t) -> float32x4_t {
+        vcvt_f32_f16(halves)
+    }
+    #[inline]
+    #[target_feature(enable = "neon")]
+    pub fn zero() -> float32x4_t {
+        vdupq_n_f32(0.0)
+    }
+    #[inline]
+    #[target_feature(enable = "neon")]
+    pub fn fma(a: float32x4_t, b: float32x4_t, sum: float32x4_t) -> float32x4_t {
+        vfmaq_f32(sum, a, b)
+    }
+}

@@ -54,6 +54,11 @@ impl NarrowKernels {
                 all.push(NarrowKernels { name: "avx2", squares, products, signs });
             }
         }
+        #[cfg(target_arch = "aarch64")]
+        if std::arch::is_aarch64_feature_detected!("dotprod") {
+            let (squares, products, signs) = (dotprod::squares, dotprod::products, dotprod::signs);
+            all.push(NarrowKernels { name: "neon-dotprod", squares, products, signs });
+        }
         all.push(SCALAR);
         all
     }
@@ -243,35 +248,62 @@ mod avx2 {
 }
 
 mod scalar {
+    use super::{products_one, squares_one};
+
     super::many!(squares, squares_one, super::nibbles);
     super::many!(products, products_one, super::nibbles);
     super::many!(signs, signs_one, super::signs);
-
-    /// Query bytes beside the 8-bit codes that their nibbles stand for.
-    #[inline]
-    fn pairs<'a>(query: &'a [u8], codes: &'a [u8]) -> impl Iterator<Item = (u8, u8)> + 'a {
-        query.as_chunks::<128>().0.iter().zip(codes.as_chunks::<64>().0).flat_map(|(q, c)| {
-            let (low, high) = q.split_at(64);
-            let low = low.iter().zip(c).map(|(q, c)| (*q, (c & 15) * 17));
-            low.chain(high.iter().zip(c).map(|(q, c)| (*q, (c >> 4) * 17)))
-        })
-    }
-
-    #[inline]
-    fn squares_one(query: &[u8], codes: &[u8]) -> u32 {
-        pairs(query, codes).fold(0, |sum: u32, (q, c)| sum.wrapping_add(u32::from(q.abs_diff(c)).pow(2)))
-    }
-
-    #[inline]
-    fn products_one(query: &[u8], codes: &[u8]) -> u32 {
-        pairs(query, codes).fold(0i32, |sum, (q, c)| sum.wrapping_add(i32::from(q as i8) * i32::from(c))) as u32
-    }
 
     #[inline]
     fn signs_one(query: &[u8], record: &[u8]) -> u32 {
         let positive = |at: &usize| record[at / 8] >> (at % 8) & 1 == 1;
         (0..query.len()).filter(positive).map(|at| i32::from(query[at] as i8)).sum::<i32>() as u32
     }
+}
+
+#[cfg(target_arch = "aarch64")]
+mod dotprod {
+    use std::arch::aarch64::*;
+
+    use super::{products_one, squares_one};
+
+    super::many!(squares, squares_one, super::nibbles, "neon,dotprod");
+    super::many!(products, products_one, super::nibbles, "neon,dotprod");
+    super::many!(signs, signs_one, super::signs, "neon");
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    fn signs_one(query: &[u8], record: &[u8]) -> u32 {
+        let own = vreinterpretq_u8_u64(vdupq_n_u64(0x8040_2010_0804_0201));
+        let mut sum = vdupq_n_s32(0);
+        for (q, signs) in query.as_chunks::<16>().0.iter().zip(record.as_chunks::<2>().0) {
+            // SAFETY: 16 bytes.
+            let q = unsafe { vld1q_u8(q.as_ptr()) };
+            let positive = vtstq_u8(vcombine_u8(vdup_n_u8(signs[0]), vdup_n_u8(signs[1])), own);
+            sum = vpadalq_s16(sum, vpaddlq_s8(vreinterpretq_s8_u8(vandq_u8(positive, q))));
+        }
+        vaddvq_s32(sum) as u32
+    }
+}
+
+/// The sum that `one` comes to over queries and the 8-bit codes that nibbles stand for.
+#[inline(always)]
+fn of_codes(query: &[u8], codes: &[u8], one: impl Fn(&[u8; 64], &[u8; 64]) -> u32) -> u32 {
+    query.as_chunks::<128>().0.iter().zip(codes.as_chunks::<64>().0).fold(0, |sum: u32, (q, c)| {
+        let halves = [c.map(|c| (c & 15) * 17), c.map(|c| (c >> 4) * 17)];
+        let sums = q.as_chunks::<64>().0.iter().zip(&halves).map(|(q, c)| one(q, c));
+        sums.fold(sum, u32::wrapping_add)
+    })
+}
+
+#[inline(always)]
+fn squares_one(query: &[u8], codes: &[u8]) -> u32 {
+    of_codes(query, codes, |q, c| super::codes::squares_one(q, c))
+}
+
+#[inline(always)]
+fn products_one(query: &[u8], codes: &[u8]) -> u32 {
+    of_codes(query, codes, |q, c| super::codes::products_one(q, c))
 }
 
 #[cfg(test)]

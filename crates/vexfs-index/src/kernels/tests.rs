@@ -73,3 +73,22 @@ fn a_fractional_query_meets_integer_rows() {
         assert!((got - wanted).abs() < 1e-3 * wanted.abs().max(1.0), "{metric}: {got} for {wanted}");
     }
 }
+
+#[test]
+fn the_longest_rows_of_the_farthest_bytes_have_their_sums() {
+    let dim = crate::MAX_DIM;
+    for (element, low, high) in [(Element::U8, 0.0, 255.0), (Element::I8, -128.0, 127.0)] {
+        for (query, number) in [(low, high), (high, low), (high, high), (low, low)] {
+            for metric in [Metric::L2, Metric::InnerProduct] {
+                let space = Space::new(dim, metric, element).unwrap();
+                let (query, mut row) = (vec![query; dim], Vec::new());
+                space.encode(&vec![number; dim], &mut row).unwrap();
+                let wanted = reference(&space, &query, &row) as f32;
+                for kernels in available() {
+                    let got = Prepared::with(kernels, None, &space, &query).distance(&row);
+                    assert_eq!(got, wanted, "{} {metric} {element}: {} and {number}", kernels.name, query[0]);
+                }
+            }
+        }
+    }
+}
