@@ -31,6 +31,8 @@ pub(crate) trait Keys {
     fn keys(&self, nodes: &[u32], out: &mut [u32]);
     /// Asks for what a node's key is made of ahead of its use.
     fn ask(&self, node: u32);
+    /// Bytes of that.
+    fn bytes(&self) -> usize;
     /// The largest key of what may in truth be nearer than a node of this key; `None` if keys don't tell.
     fn not_beyond(&self, key: u32) -> Option<u32>;
     /// The largest key of what is at most `reach` times as far as a node of this key, by squared distance; of all where
@@ -72,6 +74,9 @@ impl Keys for Coded<'_> {
     #[inline(always)]
     fn ask(&self, node: u32) {
         crate::kernels::codes::ask(self.codes, node, self.stride);
+    }
+    fn bytes(&self) -> usize {
+        self.stride
     }
     fn not_beyond(&self, key: u32) -> Option<u32> {
         self.query.not_beyond(key, FAR_OFF)
@@ -387,11 +392,12 @@ impl Graph {
         entries.clear();
         // Entries from here on are too far; how many there are before the next look at that.
         let (mut end, mut room) = (u64::MAX, 2 * ef.max(k) + SCANNED);
+        let together = (SCANNED_BYTES / query.bytes().max(1)).clamp(1, SCANNED);
         while nodes.next(batch) {
             budget.spend(batch.len() as u64)?;
             keys.resize(SCANNED, 0);
-            let mut later = batch.chunks(SCANNED).skip(1);
-            for some in batch.chunks(SCANNED) {
+            let mut later = batch.chunks(together).skip(1);
+            for some in batch.chunks(together) {
                 later.next().unwrap_or_default().iter().for_each(|node| query.ask(*node));
                 query.keys(some, keys);
                 entries.extend(keys.iter().zip(some).map(|(key, node)| entry(*key, *node)).filter(|new| *new < end));
@@ -469,8 +475,10 @@ const EXPANDED_TOGETHER: usize = 2;
 /// How much more than a walk a scan allows keys to be off by. The k-th of very many keys is one that rounding has made
 /// too small, and the row that is looked for may be one that it has made too large; a walk compares few.
 const FAR_OFF: f32 = 1.5;
-/// Nodes that a scan compares while it asks for the next.
+/// Nodes that a scan compares at most while it asks for the next, and their bytes: processors wait for some thirty lines
+/// at a time.
 const SCANNED: usize = 16;
+const SCANNED_BYTES: usize = 2048;
 /// Lists asked for ahead of their use.
 const ASKED: usize = 6;
 /// A filtered walk that finds this part of a list's room allowed looks no further than the list.

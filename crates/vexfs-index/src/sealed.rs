@@ -11,7 +11,7 @@ use crate::build::{GoOn, measure};
 use crate::codes::{Coder, Keyed, Width, ordered, unordered};
 use crate::graph::{Beam, Coded, Graph, Keys, MOST_NODES, Nodes, Pool, entry_key, entry_node};
 use crate::hnsw::MAX_LAYER;
-use crate::kernels::{Prepared, prefetch_row};
+use crate::kernels::{Prepared, bits, prefetch_row};
 use crate::raw::{Huge, Words};
 use crate::request::{Budget, Candidate, deliver, has_bit, keep, scan};
 use crate::{
@@ -285,7 +285,7 @@ impl Sealed {
     fn share(&self, filter: &dyn Filter) -> f32 {
         const ASKED: usize = 256;
         if let Some(bits) = filter.bits() {
-            return bits.iter().map(|word| word.count_ones()).sum::<u32>() as f32 / self.nodes.max(1) as f32;
+            return bits::best().set(bits) as f32 / self.nodes.max(1) as f32;
         }
         filter.selectivity().unwrap_or_else(|| {
             let step = (self.nodes / ASKED).max(1);
@@ -368,6 +368,9 @@ struct Rows<'a> {
 impl Keys for Rows<'_> {
     fn ask(&self, node: u32) {
         self.walker.ask(node);
+    }
+    fn bytes(&self) -> usize {
+        self.walker.space.row_bytes()
     }
     fn keys(&self, nodes: &[u32], out: &mut [u32]) {
         nodes.iter().take(ASKED).for_each(|node| self.walker.ask(*node));
@@ -572,6 +575,9 @@ impl Scratch {
     }
 }
 
+/// So few rows are compared as they are: to compare codes first is no gain.
+const FEW_ROWS: f32 = 128.0;
+
 /// What a filtered walk costs, in distances of an unfiltered one, for each candidate; measured (see `share`).
 fn walk_cost(ef: f32, share: f32) -> f32 {
     ef * 13.0 * (1.0 + (1.0 / share.max(1e-4)).min(16.0) / 4.0)
@@ -620,9 +626,27 @@ impl Sealed {
             }
         }
         let mut these = self.these(bits, &allowed);
+        // None of those that were asked about may still be many.
+        if share > 0.0 && share * self.nodes as f32 <= FEW_ROWS {
+            return self.compare(exact, &mut these, k, scratch, budget);
+        }
         // A scan's own: coarse codes need some more than what a walk is calibrated for.
         let ef = ef.max(2 * k.min(self.nodes) + 20);
         walker.nearest(exact, (k, ef), Plan::These(&mut these), scratch, budget)
+    }
+
+    /// The `k` nearest of these by their full vectors, into `scratch.best`.
+    fn compare(
+        &self,
+        exact: &Prepared,
+        these: &mut Nodes<'_>,
+        k: usize,
+        scratch: &mut Scratch,
+        budget: &mut Budget<'_>,
+    ) -> Result<(), SearchError> {
+        let Scratch { best, links, .. } = scratch;
+        best.clear();
+        scan(these, |node| self.row(Slot(node)), exact, k, (links, best), budget)
     }
 
     /// The allowed nodes, by a filter's bits where it has them.
@@ -653,8 +677,7 @@ impl Sealed {
             _ => {
                 let allowed = |node: u32| request.allows(node);
                 let mut these = self.these(request.filter.and_then(|filter| filter.bits()), &allowed);
-                let Scratch { best, links, .. } = scratch;
-                scan(&mut these, |node| self.row(Slot(node)), exact, request.k, (links, best), &mut budget)?;
+                self.compare(exact, &mut these, request.k, scratch, &mut budget)?;
             }
         }
         Ok(budget.stats)

@@ -1,4 +1,4 @@
-//! Hamming distances of packed bits: how many of two rows' bits differ.
+//! Hamming distances of packed bits: how many of two rows' bits differ; and how many bits of a filter are set.
 //!
 //! Rows are as long as they are, not padded. Results are whole numbers, at most 65,536.
 
@@ -8,6 +8,7 @@ use super::codes::many;
 
 type One = unsafe fn(&[u8], &[u8]) -> u32;
 type Many = unsafe fn(&[u8], &[u8], &[u32], &mut [u32]);
+type Set = unsafe fn(&[u64]) -> usize;
 
 /// The kernels of one instruction set.
 pub struct BitKernels {
@@ -15,6 +16,7 @@ pub struct BitKernels {
     name: &'static str,
     one: One,
     many: Many,
+    set: Set,
 }
 
 impl BitKernels {
@@ -27,15 +29,20 @@ impl BitKernels {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512vpopcntdq")
             {
-                all.push(BitKernels { name: "avx512-vpopcntdq", one: avx512::one, many: avx512::many });
+                all.push(BitKernels {
+                    name: "avx512-vpopcntdq",
+                    one: avx512::one,
+                    many: avx512::many,
+                    set: avx512::set,
+                });
             }
             if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("popcnt") {
-                all.push(BitKernels { name: "avx2", one: avx2::one, many: avx2::many });
+                all.push(BitKernels { name: "avx2", one: avx2::one, many: avx2::many, set: avx2::set });
             }
         }
         #[cfg(target_arch = "aarch64")]
         if std::arch::is_aarch64_feature_detected!("dotprod") {
-            all.push(BitKernels { name: "neon-dotprod", one: dotprod::one, many: dotprod::many });
+            all.push(BitKernels { name: "neon-dotprod", one: dotprod::one, many: dotprod::many, set: dotprod::set });
         }
         all.push(SCALAR);
         all
@@ -54,15 +61,32 @@ impl BitKernels {
         // SAFETY: as above.
         unsafe { (self.many)(query, data, ids, out) }
     }
+
+    /// How many bits of `words` are set.
+    pub fn set(&self, words: &[u64]) -> usize {
+        // SAFETY: as above.
+        unsafe { (self.set)(words) }
+    }
 }
 
-const SCALAR: BitKernels = BitKernels { name: "scalar", one: scalar::one, many: scalar::many };
+const SCALAR: BitKernels = BitKernels { name: "scalar", one: scalar::one, many: scalar::many, set: scalar::set };
 
 /// The best of this machine.
 pub fn best() -> &'static BitKernels {
     static BEST: OnceLock<BitKernels> = OnceLock::new();
     BEST.get_or_init(|| BitKernels::available().into_iter().next().unwrap_or(SCALAR))
 }
+
+/// A count of set bits for the machine's features.
+macro_rules! set {
+    ($($features:literal)?) => {
+        $(#[target_feature(enable = $features)])?
+        pub(super) fn set(words: &[u64]) -> usize {
+            words.iter().map(|word| word.count_ones() as usize).sum()
+        }
+    };
+}
+use set;
 
 /// A row is as long as its query.
 fn as_long(len: usize) -> usize {
@@ -82,6 +106,7 @@ mod avx512 {
     use std::arch::x86_64::*;
 
     super::many!(many, one, super::as_long, "avx512f,avx512bw,avx512vpopcntdq");
+    super::set!("avx512f,avx512bw,avx512vpopcntdq");
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vpopcntdq")]
@@ -112,6 +137,7 @@ mod avx512 {
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
     super::many!(many, one, super::as_long, "avx2,popcnt");
+    super::set!("avx2,popcnt");
 
     /// Compiled into the nibble look-up for long rows and `popcnt` for short ones.
     #[inline]
@@ -124,6 +150,7 @@ mod avx2 {
 #[cfg(target_arch = "aarch64")]
 mod dotprod {
     super::many!(many, one, super::as_long, "neon,dotprod");
+    super::set!("neon");
 
     /// Compiled into counts of each byte and their sums by `udot`.
     #[inline]
@@ -135,6 +162,7 @@ mod dotprod {
 
 mod scalar {
     super::many!(many, one, super::as_long);
+    super::set!();
 
     pub(super) fn one(one: &[u8], other: &[u8]) -> u32 {
         super::words(one, other)
@@ -167,6 +195,9 @@ mod tests {
                     let wanted = (0..len * 8).filter(|at| bits(&query, *at) != bits(row, *at)).count() as u32;
                     assert_eq!(got, wanted, "{} {len}", kernels.name);
                     assert_eq!(kernels.one(&query, row), wanted, "{} {len}", kernels.name);
+                    let words: Vec<u64> = row.as_chunks::<8>().0.iter().map(|word| u64::from_le_bytes(*word)).collect();
+                    let set = (0..words.len() * 64).filter(|at| bits(row, *at) == 1).count();
+                    assert_eq!(kernels.set(&words), set, "{} {len}", kernels.name);
                 }
             }
         }
