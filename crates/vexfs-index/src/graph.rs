@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::codes::{CodedQuery, Coder};
-use crate::kernels::prefetch_word;
+use crate::kernels::{asked_ahead, prefetch_word};
 use crate::raw::{Place, Words};
 use crate::request::{Budget, Marks, SearchError};
 use crate::sealed::CALIBRATED_K;
@@ -347,13 +347,9 @@ impl Graph {
                 if direct >= enough {
                     blocked.clear();
                 }
-                blocked.iter().take(ASKED).for_each(|node| ask(list_of(lists, room, *node)));
-                for (n, through) in blocked.iter().enumerate() {
+                for through in asked_ahead(blocked, ASKED, |node| ask(list_of(lists, room, *node))) {
                     if batch.len() - before >= enough {
                         break;
-                    }
-                    if let Some(later) = blocked.get(n + ASKED) {
-                        ask(list_of(lists, room, *later));
                     }
                     for link in list_of(lists, room, *through) {
                         let word = link.load(Ordering::Relaxed);

@@ -3,6 +3,7 @@
 
 use std::cmp::Reverse;
 
+use crate::kernels::asked_ahead;
 use crate::request::{Budget, Candidate, Scratch, SearchError, keep};
 
 /// A graph that can be walked.
@@ -73,15 +74,8 @@ pub(crate) fn walk_layer(
         graph.neighbours(at.node, layer, links);
         budget.stats.hops += 1;
         links.retain(|node| visited.meet(*node));
-        // Memory is the price: ask for what comes some distances later.
-        for node in links.iter().take(PREFETCH) {
-            graph.prefetch(*node);
-        }
         budget.spend(links.len() as u64)?;
-        for (n, node) in links.iter().enumerate() {
-            if let Some(later) = links.get(n + PREFETCH) {
-                graph.prefetch(*later);
-            }
+        for node in asked_ahead(links, PREFETCH, |node| graph.prefetch(*node)) {
             let found = Candidate { node: *node, distance: distance(*node) };
             if best.len() < ef || best.peek().is_some_and(|farthest| found < *farthest) {
                 near.push(Reverse(found));

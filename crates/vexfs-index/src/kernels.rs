@@ -1,8 +1,8 @@
 //! Distance kernels.
 //!
 //! Each kernel is written once as a plain loop and compiled for several instruction sets; which one runs is decided
-//! once, at run time. Sums over codes and over halves are the exceptions on x86, written by hand: no loop is compiled
-//! into VNNI's instruction, which is worth 2 to 4 times, or into the one that widens halves.
+//! once, at run time. The exceptions are written by hand: sums over codes on x86, as no loop is compiled into VNNI's
+//! instruction, which is worth 2 to 4 times, sums over halves, as none is into the one that widens them, and over signs.
 #![allow(unsafe_code)]
 
 pub mod bits;
@@ -81,14 +81,18 @@ fn dot_u8_body(x: &[u8], row: &[u8]) -> i64 {
 fn dot_i8_body(x: &[u8], row: &[u8]) -> i64 {
     (sum_bytes(x, row, |a, b| ((a as i8).into(), (b as i8).into())) as i32).into()
 }
-// NEON's differences of bytes are bytes without a sign.
+// NEON's differences of bytes are bytes without a sign: what compilers know as `uabd` and `sabd`.
 #[inline(always)]
-fn l2_u8_body(x: &[u8], row: &[u8]) -> i64 {
+fn squares_u8(x: &[u8], row: &[u8]) -> u32 {
     let apart = |a: u8, b: u8| match cfg!(target_arch = "aarch64") {
         true => i16::from(a.max(b) - a.min(b)),
         false => i16::from(a) - i16::from(b),
     };
-    sum_bytes(x, row, |a, b| (apart(a, b), apart(a, b))).into()
+    sum_bytes(x, row, |a, b| (apart(a, b), apart(a, b)))
+}
+#[inline(always)]
+fn l2_u8_body(x: &[u8], row: &[u8]) -> i64 {
+    squares_u8(x, row).into()
 }
 #[inline(always)]
 fn l2_i8_body(x: &[u8], row: &[u8]) -> i64 {
@@ -112,7 +116,7 @@ pub struct Kernels {
 }
 
 macro_rules! variant {
-    ($module:ident, $name:literal, $features:literal, $halves:ident) => {
+    ($module:ident, $name:literal, $features:literal) => {
         mod $module {
             use super::*;
 
@@ -142,19 +146,19 @@ macro_rules! variant {
             }
 
             pub(super) static KERNELS: Kernels =
-                Kernels { name: $name, dot_f32, l2_f32, dot_u8, l2_u8, dot_i8, l2_i8, halves: halves::$halves::HALVES };
+                Kernels { name: $name, dot_f32, l2_f32, dot_u8, l2_u8, dot_i8, l2_i8, halves: halves::$module::HALVES };
         }
     };
 }
 
 #[cfg(target_arch = "x86_64")]
-variant!(avx512, "avx512-vnni", "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c", avx512);
+variant!(avx512, "avx512-vnni", "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
-variant!(avx2, "avx2", "avx2,fma,f16c", avx2);
+variant!(avx2, "avx2", "avx2,fma,f16c");
 #[cfg(target_arch = "aarch64")]
-variant!(dotprod, "neon-dotprod", "neon,dotprod", neon);
+variant!(dotprod, "neon-dotprod", "neon,dotprod");
 #[cfg(target_arch = "aarch64")]
-variant!(neon, "neon", "neon", neon);
+variant!(neon, "neon", "neon");
 
 static SCALAR: Kernels = Kernels {
     name: "scalar",
@@ -226,6 +230,18 @@ pub fn prefetch_word(words: &[std::sync::atomic::AtomicU32], at: usize) {
 #[inline(always)]
 pub fn prefetch_row(row: &[u8]) {
     (0..row.len().min(1024)).step_by(64).for_each(|at| prefetch(row, at));
+}
+
+/// The items in their order, each asked for while `many` before it are worked on: memory is the price of most walks.
+#[inline(always)]
+pub fn asked_ahead<'a, T>(items: &'a [T], many: usize, ask: impl Fn(&T) + 'a) -> impl Iterator<Item = &'a T> {
+    items.iter().take(many).for_each(&ask);
+    items.iter().enumerate().map(move |(at, item)| {
+        if let Some(later) = items.get(at + many) {
+            ask(later);
+        }
+        item
+    })
 }
 
 #[inline(always)]

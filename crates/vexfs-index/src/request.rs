@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use crate::Slot;
 use crate::graph::Nodes;
-use crate::kernels::{Prepared, prefetch_row};
+use crate::kernels::{Prepared, asked_ahead, prefetch_row};
 
 /// How hard a walk tries.
 #[derive(Copy, Clone, Debug, PartialEq)]
@@ -366,7 +366,7 @@ pub(crate) fn keep(best: &mut BinaryHeap<Candidate>, k: usize, candidate: Candid
 }
 
 /// Rows asked for ahead of their use.
-pub(crate) const ASKED: usize = 6;
+const ASKED: usize = 6;
 
 /// Exact scan of `nodes`, some of which are read into `batch` at a time: the `k` nearest, into `best`.
 pub(crate) fn scan<'a>(
@@ -378,10 +378,7 @@ pub(crate) fn scan<'a>(
     budget: &mut Budget<'_>,
 ) -> Result<(), SearchError> {
     while nodes.next(batch) {
-        for (at, node) in batch.iter().enumerate() {
-            if let Some(later) = batch.get(at + ASKED) {
-                prefetch_row(row(*later));
-            }
+        for node in asked_ahead(batch, ASKED, |node| prefetch_row(row(*node))) {
             budget.spend(1)?;
             keep(best, k, Candidate { distance: query.distance(row(*node)), node: *node });
         }

@@ -11,7 +11,7 @@ use crate::build::{GoOn, measure};
 use crate::codes::{Coder, Keyed, Width, ordered, unordered};
 use crate::graph::{Beam, Coded, Graph, Keys, MOST_NODES, Nodes, Pool, entry_key, entry_node};
 use crate::hnsw::MAX_LAYER;
-use crate::kernels::{Prepared, bits, prefetch_row};
+use crate::kernels::{Prepared, asked_ahead, bits, prefetch_row};
 use crate::raw::{Huge, Words};
 use crate::request::{Budget, Candidate, deliver, has_bit, keep, scan};
 use crate::{
@@ -373,11 +373,7 @@ impl Keys for Rows<'_> {
         self.walker.space.row_bytes()
     }
     fn keys(&self, nodes: &[u32], out: &mut [u32]) {
-        nodes.iter().take(ASKED).for_each(|node| self.walker.ask(*node));
-        for (n, (node, out)) in nodes.iter().zip(out).enumerate() {
-            if let Some(later) = nodes.get(n + ASKED) {
-                self.walker.ask(*later);
-            }
+        for (node, out) in asked_ahead(nodes, ASKED, |node| self.walker.ask(*node)).zip(out) {
             *out = ordered(self.exact.distance(self.walker.row(*node)));
         }
     }
@@ -553,12 +549,8 @@ impl Walker<'_> {
         let Scratch { best, pool, .. } = scratch;
         best.clear();
         let entries = &pool.entries()[..near];
-        entries.iter().take(ASKED).for_each(|entry| self.ask(entry_node(*entry)));
         budget.spend(entries.len() as u64)?;
-        for (n, entry) in entries.iter().enumerate() {
-            if let Some(later) = entries.get(n + ASKED) {
-                self.ask(entry_node(*later));
-            }
+        for entry in asked_ahead(entries, ASKED, |entry| self.ask(entry_node(*entry))) {
             let node = entry_node(*entry);
             keep(best, k, Candidate { distance: exact.distance(self.row(node)), node });
         }
@@ -658,7 +650,6 @@ impl Sealed {
     /// The hits, into `scratch.best`.
     fn answer(&self, exact: &Prepared, request: &Request<'_>, scratch: &mut Scratch) -> Result<Stats, SearchError> {
         let mut budget = Budget::new(request);
-        scratch.best.clear();
         match (&self.graph, self.ef(request), request.exact) {
             (Some(graph), Some(mut ef), false) => {
                 let walker = self.walker(graph);

@@ -4,7 +4,7 @@
 
 use std::sync::OnceLock;
 
-use super::codes::many;
+use super::codes::{as_long, many};
 
 type One = unsafe fn(&[u8], &[u8]) -> u32;
 type Many = unsafe fn(&[u8], &[u8], &[u32], &mut [u32]);
@@ -87,11 +87,6 @@ macro_rules! set {
     };
 }
 use set;
-
-/// A row is as long as its query.
-fn as_long(len: usize) -> usize {
-    len
-}
 
 #[inline(always)]
 fn words(one: &[u8], other: &[u8]) -> u32 {

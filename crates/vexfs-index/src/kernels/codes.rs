@@ -6,6 +6,8 @@
 
 use std::sync::OnceLock;
 
+use super::squares_u8;
+
 /// Bytes that a record of codes is padded to.
 pub const PAD: usize = 64;
 
@@ -100,8 +102,8 @@ macro_rules! many {
 }
 pub(super) use many;
 
-/// Records of codes are as long as their queries.
-fn as_long(len: usize) -> usize {
+/// Records are as long as their queries.
+pub(super) fn as_long(len: usize) -> usize {
     len
 }
 
@@ -232,28 +234,19 @@ mod avx2 {
 }
 
 mod scalar {
-    use super::{products_one, squares_one};
+    use super::{products_one, squares_u8};
 
-    many!(squares, squares_one, super::as_long);
+    many!(squares, squares_u8, super::as_long);
     many!(products, products_one, super::as_long);
 }
 
 /// The same sums, compiled into NEON's dot products of bytes.
 #[cfg(target_arch = "aarch64")]
 mod dotprod {
-    use super::{products_one, squares_one};
+    use super::{products_one, squares_u8};
 
-    many!(squares, squares_one, super::as_long, "neon,dotprod");
+    many!(squares, squares_u8, super::as_long, "neon,dotprod");
     many!(products, products_one, super::as_long, "neon,dotprod");
-}
-
-/// Kept in bytes until it is squared: what compilers know as `uabd` and `udot`.
-#[inline(always)]
-pub(super) fn squares_one(query: &[u8], codes: &[u8]) -> u32 {
-    query.iter().zip(codes).fold(0u32, |sum, (q, c)| {
-        let apart = q.max(c) - q.min(c);
-        sum.wrapping_add(u32::from(apart) * u32::from(apart))
-    })
 }
 
 /// Codes less 128 are signed bytes as the query's are: what compilers know as `sdot`.

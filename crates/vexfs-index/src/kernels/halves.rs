@@ -121,6 +121,8 @@ halves!(
     _mm256_add_ps
 );
 #[cfg(target_arch = "aarch64")]
+pub use neon as dotprod;
+#[cfg(target_arch = "aarch64")]
 halves!(neon, super::of_neon, "neon", 4, load, widen, vld1q_f32, zero, vsubq_f32, fma, vaddq_f32);
 
 /// NEON's instructions in the shape of the others'.

@@ -298,7 +298,7 @@ fn of_codes(query: &[u8], codes: &[u8], one: impl Fn(&[u8; 64], &[u8; 64]) -> u3
 
 #[inline(always)]
 fn squares_one(query: &[u8], codes: &[u8]) -> u32 {
-    of_codes(query, codes, |q, c| super::codes::squares_one(q, c))
+    of_codes(query, codes, |q, c| super::squares_u8(q, c))
 }
 
 #[inline(always)]
